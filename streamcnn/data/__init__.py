@@ -1,1 +1,1 @@
-"""Images: sources that are read region by region, and generated ones for the demo."""
+"""Images: sources that are read region by region, data sets, tile stores, and generated UltraMNIST sets."""

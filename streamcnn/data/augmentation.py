@@ -1,9 +1,9 @@
 """Augmentations that are functions of coordinates and pixels alone.
 
 An image is read tile by tile, several times, in an order that the plan decides. So an augmentation is drawn
-once for an image, and moves or changes each pixel in a way that does not depend on the tile it is read in:
-mirrored and turned images, inverted and scaled intensities. Anything that looks at neighbours (blur, elastic
-deformation, rotation by any angle) is not of this kind.
+once for an image, and moves or changes each pixel independently of the tile it is read in: mirroring,
+rotation by quarter turns, inversion and scaling of intensities. Anything that reads neighbours (blur, elastic
+deformation, rotation by other angles) is not of this kind.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from streamcnn.plan.reading import ReadingCost
 
 Pixels = NDArray[Any]
 _FLOAT_BYTES = 8
-"""Of a sample of an integer type, while its intensity is changed."""
+"""Bytes of a sample of an integer type while its intensity is changed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Augmentation:
-    """What happens to one image: first mirrored, then turned, then its intensities."""
+    """The augmentation of one image: it is mirrored, then rotated, then its intensities are changed."""
 
     mirror: bool = False
-    """Left and right change places."""
+    """Whether left and right are exchanged."""
     quarter_turns: int = 0
-    """Turns by 90 degrees against the clock, 0 to 3."""
+    """Number of counterclockwise rotations by 90 degrees, 0 to 3."""
     invert: bool = False
     """Black and white change places: 255 - x for uint8, 4095 - x where the image says that it has 12 bits,
     -1 - x for signed integers, 1 - x for floats."""
@@ -49,7 +49,7 @@ class Augmentation:
 
     @property
     def is_identity(self) -> bool:
-        """Whether nothing happens."""
+        """Whether the augmentation changes nothing."""
         return self == Augmentation()
 
 
@@ -70,27 +70,27 @@ class AugmentedSource(ImageSource):
 
     @property
     def shared_tensor(self) -> Tensor | None:
-        """That of the image as stored."""
+        """The shared tensor of the image as stored."""
         return self._source.shared_tensor
 
     @property
     def sample(self) -> bytes | None:
-        """That of the image as stored."""
+        """The sample of the image as stored."""
         return self._source.sample
 
     @property
     def held_bytes(self) -> int:
-        """What the image as stored holds."""
+        """Bytes that the stored image's source holds."""
         return self._source.held_bytes
 
     @property
     def pieces(self) -> str:
-        """Those of the image as stored."""
+        """The pieces of the image as stored."""
         return self._source.pieces
 
     @property
     def reading_cost(self) -> ReadingCost:
-        """The image's as stored, copies of the region, and floats for its intensity."""
+        """The stored image's cost, plus copies of the region, and floats if intensities change."""
         chosen, channels = self._augmentation, self.shape[0]
         cost = self._source.reading_cost
         cost = cost.transposed() if chosen.quarter_turns % 2 else cost
@@ -99,11 +99,11 @@ class AugmentedSource(ImageSource):
         return replace(cost, pixel=cost.pixel + channels * sample)
 
     def start(self) -> None:
-        """Start what reads the image as stored."""
+        """Start the stored image's source."""
         self._source.start()
 
     def release(self) -> None:
-        """Let go of what the image as stored holds."""
+        """Release what the stored image's source holds."""
         self._source.release()
 
     def _read(self, region: Region) -> Tensor:
@@ -114,14 +114,14 @@ class AugmentedSource(ImageSource):
             pixels = np.flip(pixels, 2)
         pixels = np.rot90(pixels, chosen.quarter_turns, (1, 2))
         pixels = _with_intensity(pixels, self.largest, invert=chosen.invert, gain=chosen.gain)
-        # A copy in any case: of an axis of one pixel, NumPy takes a backward stride for contiguous.
+        # Always a copy: NumPy counts an axis of one pixel with a negative stride as contiguous.
         return torch.from_numpy(pixels.copy())
 
     def _stored_region(self, region: Region) -> Region:
-        """Where the pixels of ``region`` are in the image as stored."""
+        """The region of the stored image that holds the pixels of ``region``."""
         rows, cols = region
         _, height, width = self.shape
-        # A turn against the clock took the pixel now at (row, col) from (col, height - 1 - row).
+        # A counterclockwise quarter turn moved the pixel now at (row, col) from (col, height - 1 - row).
         for _ in range(self._augmentation.quarter_turns):
             rows, cols = cols, _reversed(rows, height)
             height, width = width, height
@@ -132,16 +132,16 @@ class AugmentedSource(ImageSource):
 
 @dataclass(frozen=True, slots=True)
 class RandomAugmentation:
-    """Which augmentations may happen; draws one for each image and epoch."""
+    """Draws an augmentation for each image and epoch, of the kinds that are enabled."""
 
     mirrors: bool = False
     """Mirror half of the images."""
     turns: bool = False
-    """Turn by 0, 1, 2 or 3 quarters, each as likely."""
+    """Rotate by 0, 1, 2 or 3 quarter turns, equally likely."""
     inversion: float = 0.0
     """Share of images that are inverted."""
     gains: tuple[float, float] = (1.0, 1.0)
-    """Range of the gain, drawn evenly on a logarithmic scale."""
+    """Range of the gain, which is drawn uniformly on a logarithmic scale."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.inversion <= 1:
@@ -151,7 +151,7 @@ class RandomAugmentation:
             raise ValueError(f"gains={self.gains}: allowed is (low, high) with 0 < low <= high, both finite")
 
     def draw(self, *, seed: int, epoch: int, index: int) -> Augmentation:
-        """The augmentation of an image in an epoch; a function of the arguments alone."""
+        """The augmentation of an image in an epoch, which depends on the arguments alone."""
         key = hashlib.sha256(f"augmentation {seed} {epoch} {index}".encode()).digest()
         mirror, turn, invert, gain = (int.from_bytes(key[at : at + 4], "little") for at in range(0, 16, 4))
         low, high = self.gains
@@ -164,7 +164,7 @@ class RandomAugmentation:
 
 
 def _with_intensity(pixels: Pixels, largest: int | None, *, invert: bool, gain: float) -> Pixels:
-    """``pixels`` inverted and with more or less contrast, in their range."""
+    """``pixels`` inverted, and with more or less contrast, clipped to their range."""
     dtype = pixels.dtype
     if np.issubdtype(dtype, np.floating):
         pixels = 1 - pixels if invert else pixels
@@ -175,7 +175,7 @@ def _with_intensity(pixels: Pixels, largest: int | None, *, invert: bool, gain: 
         pixels = _inverted(pixels, largest)
     if gain == 1:
         return pixels
-    # Of signed types that of the type: nothing says how small the image's numbers may be.
+    # For signed types, the type's range: nothing says how small the image's numbers may be.
     middle = -0.5 if dtype.kind == "i" else largest / 2
     from_middle = np.subtract(pixels, middle, dtype=np.float64)
     changed: Pixels = (from_middle * gain + middle).round().clip(least, largest).astype(dtype)
@@ -183,7 +183,7 @@ def _with_intensity(pixels: Pixels, largest: int | None, *, invert: bool, gain: 
 
 
 def _inverted(pixels: Pixels, largest: int) -> Pixels:
-    """The least value becomes the largest, in signed types too."""
+    """Exchange the smallest and the largest value, in signed types too."""
     dtype = pixels.dtype
     if dtype.kind != "u" or largest == np.iinfo(dtype).max:
         return ~pixels

@@ -1,4 +1,4 @@
-"""Which class and split an image has by the folders that it lies in; refused where that would be a guess."""
+"""Classes and splits of images from the names of their folders; ambiguous folders are refused."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from streamcnn.errors import DatasetMismatch, some
 
 _TABLE = "or name images, labels and splits in a CSV file"
 _NO_CLASSES = {"annotation", "annotations", "label", "labels", "mask", "masks"}
-"""What folders beside those of images are called."""
+"""Names of folders that hold no images to classify."""
 
 PathParts = tuple[str, ...]
 
 
 def classes_in_folders(folder: Path, relatives: Sequence[str]) -> list[tuple[str, str | None]]:
-    """Class and split of each image: the names of its topmost folders.
+    """Class and split of each image, from the names of its topmost folders.
 
     Parameters
     ----------
     folder
-        That was given as a data set.
+        The folder that was given as a data set.
     relatives
-        Paths of the images below it, with forward slashes.
+        Paths of the images relative to it, with forward slashes.
 
     Raises
     ------
     DatasetMismatch
-        If an image lies in no folder of a class, or folders may be splits and may be classes.
+        If an image is not in the folder of a class, or folders could be splits as well as classes.
     """
-    # One name has its accents encoded in two ways, by the systems that wrote it.
+    # Accents in one name may be encoded in two ways, depending on the system that wrote it.
     parts = [PurePosixPath(unicodedata.normalize("NFC", relative)).parts for relative in relatives]
     _refuse_loose(folder, relatives, parts, depth=1)
     splits = _splits(folder, parts)
@@ -56,7 +56,7 @@ def _refuse_loose(folder: Path, relatives: Sequence[str], parts: Sequence[PathPa
 
 
 def _splits(folder: Path, parts: Sequence[PathParts]) -> dict[str, str] | None:
-    """The split that each topmost folder is; None if they are classes."""
+    """The split of each topmost folder; None if these are classes."""
     tops = sorted({part[0] for part in parts})
     splits = {top: split for top in tops if (split := split_of_folder(top)) is not None}
     if len(splits) == len(tops):
@@ -70,7 +70,7 @@ def _splits(folder: Path, parts: Sequence[PathParts]) -> dict[str, str] | None:
             f"splits: allowed are train, val and test; rename them, {_TABLE}"
         )
     nested = {part[0] for part in parts if len(part) > 2}
-    # A train may be a vehicle, if it is the only such name.
+    # If it is the only such name, "train" may be the vehicle.
     if splits and (set(splits.values()) != {"train"} or len(splits) > 1 or nested & set(splits)):
         raise DatasetMismatch(
             f"{folder} has the folders {some(sorted(splits))}, which are called like splits, beside "
@@ -91,7 +91,7 @@ def _refuse_one_split_twice(folder: Path, splits: dict[str, str]) -> None:
 
 
 def _refuse_doubtful_classes(folder: Path, parts: Sequence[PathParts]) -> None:
-    """Refuse folders that are taken for classes and look like something else."""
+    """Refuse folders that would be classes but look like something else."""
     tops = sorted({part[0] for part in parts})
     _refuse_splits_below(folder, parts)
     within = {split_within(top) for top in tops}
@@ -110,7 +110,7 @@ def _refuse_doubtful_classes(folder: Path, parts: Sequence[PathParts]) -> None:
 
 
 def _refuse_same_folders(folder: Path, tops: Sequence[str], parts: Sequence[PathParts]) -> None:
-    """Refuse topmost folders that hold the same folders: they are splits, or a folder too much."""
+    """Refuse topmost folders with the same subfolders: they are splits, or a superfluous level."""
     below = [{part[1].casefold() for part in parts if part[0] == top and len(part) > 2} for top in tops]
     common = sorted(set.intersection(*below)) if below else []
     if len(common) < 2:
@@ -127,7 +127,7 @@ def _refuse_same_folders(folder: Path, tops: Sequence[str], parts: Sequence[Path
 
 
 def _refuse_splits_below(folder: Path, parts: Sequence[PathParts]) -> None:
-    """Refuse folders of splits below those of classes, which would be trained on and tested on."""
+    """Refuse splits below classes: their images would be used for both training and testing."""
     below = {name: split for part in parts for name in part[1:-1] if (split := split_of_folder(name))}
     if len(set(below.values())) > 1:
         raise DatasetMismatch(
@@ -137,7 +137,7 @@ def _refuse_splits_below(folder: Path, parts: Sequence[PathParts]) -> None:
 
 
 def _refuse_foreign_classes(folder: Path, found: Sequence[tuple[str, str]]) -> None:
-    """Refuse a split that has no class of the images to train on."""
+    """Refuse a split that shares no class with the training images."""
     classes: dict[str, set[str]] = {}
     for name, split in found:
         classes.setdefault(split, set()).add(name)

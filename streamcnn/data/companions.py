@@ -1,4 +1,4 @@
-"""Files that lie beside an image and are a part of it, or no image at all."""
+"""Files beside an image that are a part of it, or not an image at all."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from streamcnn.errors import DatasetMismatch
 from streamcnn.support.documents import read_regular
 
 _SYSTEM = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "system volume information"}
-"""What systems write into folders, without regard to case."""
+"""Names that operating systems write into folders, in lower case."""
 _SIDECARS = (".ovr", ".msk")
-"""TIFF files of GDAL with the overviews and the mask of another, by their endings."""
+"""Endings of GDAL's TIFF files with the overviews or the mask of another file."""
 _SETS = {
     ".ndpis": "names slides that are the channels of one scan",
     ".afi": "names slides that are the channels of one scan",
     ".vsi": "is a scan whose pixels lie in a folder beside it",
 }
-"""Scans in several files that cannot be read, by their endings."""
+"""Scans in several files that are not supported, by ending."""
 _NAMED_IN_VMS = re.compile(r"^(?:ImageFile|MapFile|MacroImage|OptimisationFile)[^=]*=(.+)$", re.MULTILINE)
 _THUMBNAILS = {"preview", "previews", "thumb", "thumbnail", "thumbnails", "thumbs"}
 _THUMBNAIL_AFFIX = re.compile(r"^(?:thumb|thumbnail|preview)[_. -]|[_. -](?:thumb|thumbnail|preview)$")
 
 
 def is_hidden(path: Path) -> bool:
-    """Whether a file or folder is hidden, as ``._name.tif`` of macOS is, or the system's own."""
+    """Whether a file or folder is hidden, such as ``._name.tif`` of macOS, or belongs to the system."""
     return path.name.startswith(".") or path.name.casefold() in _SYSTEM
 
 
 def parts_of_others(entries: Sequence[Path]) -> set[Path]:
-    """Of the files and folders in one folder, those that are a part of an image beside them.
+    """The files and folders among ``entries``, all in one folder, that are parts of an image among them.
 
     Raises
     ------
     DatasetMismatch
-        If an image lies in several files in a way that cannot be read, or a part lacks its image.
+        If an image in several files has a form that is not supported, or a part's image is missing.
     """
     found: set[Path] = set()
     by_name = {path.name: path for path in entries}
@@ -56,7 +56,7 @@ def parts_of_others(entries: Sequence[Path]) -> set[Path]:
 
 
 def further_files(path: Path) -> list[Path]:
-    """The files and folders beside a slide that its pixels lie in."""
+    """The files and folders beside a slide that hold its pixels."""
     ending = path.suffix.lower()
     if ending == ".mrxs":
         found = [path.with_suffix("")]
@@ -68,7 +68,7 @@ def further_files(path: Path) -> list[Path]:
 
 
 def _names_in_vms(path: Path) -> list[str]:
-    """Names of files beside a slide that it names; none where it is no file."""
+    """The names of files beside a slide that the slide lists; empty if it is not a file."""
     if not path.is_file():
         return []
     content = read_regular(path, error=DatasetMismatch).decode("latin-1")
@@ -77,7 +77,7 @@ def _names_in_vms(path: Path) -> list[str]:
 
 
 def _require_image(sidecar: Path, entries: Iterable[Path]) -> None:
-    """Make sure that the image is there which an overview or a mask belongs to."""
+    """Make sure that the image of an overview or a mask is there."""
     base = sidecar.with_suffix("").name
     is_there = sidecar.with_name(base).exists()
     if not is_there and not any(path != sidecar and base == path.stem for path in entries):
@@ -88,17 +88,17 @@ def _require_image(sidecar: Path, entries: Iterable[Path]) -> None:
 
 
 def without_thumbnails(relatives: Sequence[str]) -> set[str]:
-    """Paths of images without those in folders of thumbnails.
+    """Paths of images, without those in folders of thumbnails.
 
     Parameters
     ----------
     relatives
-        Below the folder that was given, with forward slashes.
+        Paths relative to the given folder, with forward slashes.
 
     Raises
     ------
     DatasetMismatch
-        If such a folder holds an image of which there is no other.
+        If such a folder holds an image of which there is no other version.
     """
     paths = [Path(relative) for relative in relatives]
     small = [path for path in paths if {part.casefold() for part in path.parts[:-1]} & _THUMBNAILS]

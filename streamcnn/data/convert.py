@@ -1,6 +1,6 @@
-"""Write images of any format into a tile store, with labels from a table.
+"""Conversion of images of any format into a tile store, with labels from a table.
 
-Everything that can be wrong with names, labels and the store is found before the first pixel is read.
+Names, labels and the store are checked before the first pixel is read.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from streamcnn.errors import CorruptImage, DatasetMismatch, some
 
 KIND = "images"
 _SPLIT = "train"
-"""Of images of which nobody says one."""
+"""The split of new images for which nothing else is given."""
 
 
 def convert(
@@ -39,36 +39,36 @@ def convert(
 ) -> Iterator[ImageRecord]:
     """Write ``images`` into the store ``out``; iterate to do the work, image by image.
 
-    An image that the store has is left alone if its files are the same, by `fingerprint`, and so is the
-    choice. It is written again if files were changed, or its channels are read from another axis; it keeps
-    its label and split unless ``labels`` or ``split`` says others.
-    Holds some shards of 16 MiB at a time, and an image that has to be decoded whole.
+    An image in the store is left alone if its files, by `fingerprint`, and the choice are unchanged. It is
+    written again if files have changed, or its channels are read from another axis; it then keeps its label
+    and split unless ``labels`` or ``split`` gives others.
+    In memory are a few shards of 16 MiB at a time, and an image that has to be decoded whole.
 
     Parameters
     ----------
     images
-        From ``find_images``.
-    out
-        Folder of the store; made, added to, or resumed.
+        The images, from ``find_images``.
+        out
+            Folder of the store; created, extended, or resumed.
     labels
-        CSV file with the columns ``image`` (a file name, or its path below the folder that was given),
-        ``label`` (whole numbers from 0 on, or names of classes) and, if wanted, ``split``. Images that the
-        store has already take what it says.
+        CSV file with the columns ``image`` (a file name, or a path relative to the given folder), ``label``
+        (integers from 0 on, or names of classes) and, if wanted, ``split``. It also applies to images that
+        are already in the store.
     split
-        Of images of which the table says none, those that the store has among them. None leaves these in
+        Split of images for which the table gives none, also of those in the store. With None, these keep
         their split, and new images are for training.
     choice
-        Which image of each file, in which resolution, and where its channels are.
-    on_shard
-        Told the pixels of the present image that are written, and all of them.
+        Which image of each file to read, at which resolution, and where its channels are.
+        on_shard
+            Called with the number of written pixels of the present image, and the number of all its pixels.
 
     Raises
     ------
     DatasetMismatch
-        If the table does not fit the images, the store holds something else, such as another series or level
-        under an image's name, or the choice does not apply to an image.
-    CorruptImage
-        If an image cannot be read, or is changed while it is read.
+        If the table does not fit the images, the store holds something else under an image's name, such as
+        another series or level, or the choice does not apply to an image.
+        CorruptImage
+            If an image cannot be read, or changes while it is read.
     """
     table = None if labels is None else _read_table(local_path(labels), images)
     with TileStoreWriter(local_path(out), Head(KIND, {})) as writer:
@@ -99,7 +99,7 @@ def _write(
     choice: ImageChoice,
     on_shard: Callable[[int, int], None] | None,
 ) -> ImageRecord:
-    """Write an image, in place of an older one if the store has it; what a table says counts for both."""
+    """Write an image, replacing an older one in the store; a table's row applies either way."""
     before = writer.records.get(image.name)
     origin = origin_of(image, choice)
 
@@ -107,7 +107,7 @@ def _write(
         if origin_of(image, choice) != origin:
             raise CorruptImage(f"{image.path} was changed while it was read: convert it again")
         if before is not None:
-            # From here on the store's files are not what this record says, whatever ends the process.
+            # From here on the store's files do not match this record, however the process ends.
             writer.add(replace(before, origin={**before.origin, "fingerprint": ""}))
 
     label = None if before is None else before.label
@@ -127,7 +127,7 @@ def _write(
 def _told_anew(
     writer: TileStoreWriter, names: Sequence[str], rows: Mapping[str, Row], split: str | None
 ) -> Iterator[ImageRecord]:
-    """Images that the store has, of which something else is said now; no pixel is written again."""
+    """Update images in the store whose label or split changes, without writing pixels again."""
     for record in [record for name in names if (record := writer.records.get(name)) is not None]:
         row = rows.get(record.name)
         label = record.label if row is None else label_number(row.label, writer.head.classes)
@@ -141,7 +141,7 @@ def _told_anew(
 def _read_table(path: Path, images: Sequence[FoundImage]) -> dict[str, Row]:
     """The table's row for each image, by the image's name in the store."""
     ways = [_keyed(images, _paths), _keyed(images, _file_names)]
-    # Names of files have accents encoded in either way, by the system that wrote them.
+    # Accents in names of files may be encoded in either way, depending on the system.
     ways += [{nfc: names for key, names in keys.items() if (nfc := _nfc(key)) not in keys} for keys in ways]
     rows: dict[str, Row] = {}
     unknown = []
@@ -167,7 +167,7 @@ def _read_table(path: Path, images: Sequence[FoundImage]) -> dict[str, Row]:
 
 
 def _spellings(table: Path, text: str) -> Iterator[str]:
-    """Ways to write a path that a table names: on Windows, with detours, or from the table's folder."""
+    """Spellings of a path that a table names: as given, normalised, or relative to the table's folder."""
     yield text
     slashed = text.replace("\\", "/")
     yield posixpath.normpath(slashed)
@@ -203,14 +203,14 @@ def _file_names(image: FoundImage) -> set[str]:
 
 
 def origin_of(image: FoundImage, choice: ImageChoice) -> dict[str, Any]:
-    """Where an image came from, and what tells whether it is still the same."""
+    """The origin of an image: its path and choice, and a fingerprint that shows changes."""
     known = fingerprint([image.path, *image.others])
     place = {"path": str(image.path.resolve()), "level": choice.level, "fingerprint": known}
     return {**place, **choice.made}
 
 
 def _named(image: FoundImage, choice: ImageChoice, records: Mapping[str, ImageRecord]) -> FoundImage:
-    """The image under the name that the store has for it, or else will have.
+    """``image`` with the name under which the store has it, or will have it.
 
     Raises
     ------
@@ -239,7 +239,7 @@ def _named(image: FoundImage, choice: ImageChoice, records: Mapping[str, ImageRe
 
 
 def _picture(record: ImageRecord) -> tuple[Any, Any, Any]:
-    """Of which file, series and level an image of the store is."""
+    """The file, series and level from which an image of the store was read."""
     return tuple(record.origin.get(name) for name in ("path", "series", "level"))  # type: ignore[return-value]
 
 
@@ -248,13 +248,13 @@ def _described(series: Any, level: Any) -> str:
 
 
 def _is_current(writer: TileStoreWriter, image: FoundImage, choice: ImageChoice) -> bool:
-    """Whether the store has an image as its files are now, and as it is asked for."""
+    """Whether the store has an image with its present files and the requested choice."""
     record = writer.records.get(image.name)
     if record is None or not (writer.folder / IMAGES / image.name / "zarr.json").is_file():
         return False
     if "fingerprint" in record.origin:
         return dict(record.origin) == origin_of(image, choice)
-    # Stores of before have the time of files, and nothing of folders and of channels.
+    # Older stores record files' times, and neither folders nor channels.
     found = image.path.stat()
     known = record.origin.get("nbytes"), record.origin.get("modified")
     is_same = known == (found.st_size, found.st_mtime_ns) and image.path.is_file()

@@ -1,7 +1,7 @@
-"""Images that are there several times, byte for byte, under different names.
+"""Detection of images that occur several times, byte for byte, under different names.
 
-Files of one size are compared, piece by piece and only as far as they are alike: of images that are not the
-same, a few bytes are read.
+Files of equal size are compared piece by piece, up to the first difference, so that few bytes are read of
+images that differ.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from streamcnn.data.sources.files import comparing
 from streamcnn.errors import DatasetMismatch
 
 LEAST_BYTES = 2**12
-"""Of an image, to be compared: smaller ones are empty, and empty ones are often the same."""
+"""Least bytes of an image to be compared: smaller ones are empty, and often equal."""
 _PROBE_BYTES = 2**12
 _PIECE_BYTES = 2**22
 
 Piece = tuple[int, int, int]
-"""Which of an image's files, the first byte, and how many."""
+"""Index of an image's file, first byte, and number of bytes."""
 
 
 def check_copies(
@@ -31,21 +31,21 @@ def check_copies(
     groups: Iterable[Sequence[int]],
     labels: Sequence[object] | None = None,
 ) -> None:
-    """Refuse an image that is there in two splits, and warn of one that is there several times in one.
+    """Refuse an image that occurs in two splits, and warn of one that occurs several times in a split.
 
     Parameters
     ----------
     where
-        What messages call the data set.
+        Name of the data set in messages.
     names, splits, labels
-        Of all images.
+        Names, splits and labels of all images.
     groups
-        Positions of images that are the same, as from `same_files` and `same_keys`.
+        Positions of equal images, as from `same_files` and `same_keys`.
 
     Raises
     ------
     DatasetMismatch
-        If images of two splits are the same.
+        If two splits have the same image.
     """
     twice = []
     for group in groups:
@@ -70,7 +70,7 @@ def check_copies(
 
 
 def same_keys(keys: Iterable[Hashable | None]) -> list[list[int]]:
-    """Positions of keys that are there more than once, in groups; None is no key."""
+    """Groups of positions with equal keys, of two and more; None does not count as a key."""
     found: dict[Hashable, list[int]] = {}
     for at, key in enumerate(keys):
         if key is not None:
@@ -79,12 +79,12 @@ def same_keys(keys: Iterable[Hashable | None]) -> list[list[int]]:
 
 
 def same_files(images: Sequence[Sequence[Path]]) -> list[list[int]]:
-    """Positions of images whose files are byte for byte the same, in groups, of those of 4 KiB and more.
+    """Groups of positions of images of at least 4 KiB whose files are byte for byte equal.
 
     Parameters
     ----------
     images
-        The files and folders of each. What a file is called does not count, unless it lies in a folder.
+        The files and folders of each image. Names count only for files within a folder.
 
     Raises
     ------
@@ -102,7 +102,7 @@ def same_files(images: Sequence[Sequence[Path]]) -> list[list[int]]:
 
 
 def _listing(paths: Sequence[Path]) -> bytes | None:
-    """A digest of what `_files_of` says besides paths, which may be much; None of a small image."""
+    """A digest of names and sizes of an image's files; None for a small image."""
     known, total = hashlib.sha256(), 0
     for _, name, size in _files_of(paths):
         known.update(os.fsencode(f"{name}\0{size}\n"))
@@ -111,7 +111,7 @@ def _listing(paths: Sequence[Path]) -> bytes | None:
 
 
 def _files_of(paths: Sequence[Path]) -> Iterator[tuple[Path, str, int]]:
-    """Files, what they are called in their folder, and their sizes in bytes."""
+    """Files, each with its name within the given folder, and its size in bytes."""
     for path in paths:
         if not path.is_dir():
             yield path, "", path.stat().st_size
@@ -124,7 +124,7 @@ def _files_of(paths: Sequence[Path]) -> Iterator[tuple[Path, str, int]]:
 
 
 def _pieces(sizes: Sequence[int]) -> Iterator[Piece]:
-    """All bytes of files of these sizes, begun with some from the middle: heads are often alike."""
+    """Pieces that cover files of these sizes, starting in the middle, as heads are often alike."""
     middle = len(sizes) // 2
     if sizes:
         yield middle, sizes[middle] // 2, _PROBE_BYTES
@@ -134,7 +134,7 @@ def _pieces(sizes: Sequence[int]) -> Iterator[Piece]:
 
 
 def _refined(files: Sequence[Sequence[Path]], pieces: Iterable[Piece]) -> list[list[int]]:
-    """Positions of images whose files agree in all ``pieces``, in groups."""
+    """Groups of positions of images whose files agree in all ``pieces``."""
     groups = [list(range(len(files)))]
     for index, start, nbytes in pieces:
         divided = []

@@ -15,27 +15,27 @@ from streamcnn.support.documents import open_regular
 
 _OTHER_SEPARATORS = {";": "';'", "\t": "tabs", "|": "'|'"}
 _TASKS = {"label": "classification", "mask": "segmentation"}
-"""Which task needs a column of that name beside the images."""
+"""The task that needs a column of that name beside the images."""
 _NOTHING = {"#n/a", "<na>", "n/a", "na", "nan", "nat", "null"}
-"""What programs write into a cell that they have nothing for, without regard to case."""
+"""Words that programs write into cells without a value, in lower case."""
 _MOST_TEXT = 500
 _MANY = 100
-"""More values than a column of splits has."""
+"""Number of values above which a column does not hold splits."""
 
 
 def read_cells(
     path: Path, needed: Sequence[str], optional: Sequence[str], numbers: Sequence[str]
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    """The line of each row, and its cells without blanks around them; a missing cell is blank.
+    """The line number of each row, and its cells by column, stripped; a missing cell is empty.
 
     Parameters
     ----------
     path
-        Of the CSV file.
+        The CSV file.
     needed, optional
-        Columns of which the case makes no difference; those that are not there are left out.
+        Names of columns in any case; optional columns that are not there are left out.
     numbers
-        Columns that have to be there as they are spelled.
+        Names of required columns, spelled exactly.
 
     Raises
     ------
@@ -85,7 +85,7 @@ def _cells(
 
 
 def _place(path: Path, name: str, present: Sequence[str]) -> int | None:
-    """Which column has a name, whatever its case."""
+    """Index of the column with a name, in any case; None if there is none."""
     places = [at for at, each in enumerate(present) if each.casefold() == name]
     if len(places) > 1:
         same = [present[at] for at in places]
@@ -94,7 +94,7 @@ def _place(path: Path, name: str, present: Sequence[str]) -> int | None:
 
 
 def _shown(names: Sequence[str]) -> str:
-    """Names of columns, of which a damaged file may have any number of any length."""
+    """Names of columns as text, shortened, as a damaged file may have many or long ones."""
     text = str(list(names))
     return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}…"
 
@@ -111,7 +111,7 @@ def _advice(header: Sequence[str], needed: Sequence[str]) -> str:
 
 
 def _require_numbers(path: Path, numbers: Sequence[str], present: Sequence[str]) -> None:
-    """Make sure that a table has all columns of inputs, and of these only one each."""
+    """Make sure that a table has each column of inputs exactly once."""
     missing = [column for column in numbers if column not in present]
     if missing:
         raise DatasetMismatch(
@@ -123,7 +123,7 @@ def _require_numbers(path: Path, numbers: Sequence[str], present: Sequence[str])
 
 
 def _refuse_other_splits(path: Path, columns: dict[str, set[str]]) -> None:
-    """Refuse a column of splits that is called something else, so that all images would be of one."""
+    """Refuse a column of splits with another name, which would put all images into one split."""
     for name, found in columns.items():
         splits = {canonical(text) for text in found}
         if len(splits) > 1 and splits <= {"train", "val", "test"}:
@@ -134,12 +134,12 @@ def _refuse_other_splits(path: Path, columns: dict[str, set[str]]) -> None:
 
 
 def require_filled(where: str, cells: Mapping[str, str], columns: Sequence[str]) -> None:
-    """Make sure that a row has something in each of the columns.
+    """Make sure that a row's cells in the columns are not empty.
 
     Raises
     ------
     DatasetMismatch
-        Naming the row, as ``where`` does, and a column that is blank.
+        If one is; the text names the row, by ``where``, and the column.
     """
     blank = [column for column in columns if not cells[column]]
     if blank:
@@ -147,12 +147,12 @@ def require_filled(where: str, cells: Mapping[str, str], columns: Sequence[str])
 
 
 def require_said(where: str, cells: Mapping[str, str], columns: Sequence[str]) -> None:
-    """Make sure that none of the columns, of those that there are, has a word for a missing text in a row.
+    """Make sure that a row has no word for a missing value, such as "nan", in the given columns.
 
     Raises
     ------
     DatasetMismatch
-        Naming the row, as ``where`` does, the column and the word.
+        If it has; the text names the row, by ``where``, the column and the word.
     """
     for column in columns:
         if cells.get(column, "").casefold() in _NOTHING:
@@ -164,7 +164,7 @@ def require_said(where: str, cells: Mapping[str, str], columns: Sequence[str]) -
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """A block in which bytes that are no text, or no table, are an error of the file."""
+    """Turn errors about bytes that are not text, or not a table, into an error that names the file."""
     try:
         yield
     except (UnicodeDecodeError, csv.Error) as error:

@@ -25,25 +25,25 @@ from streamcnn.data.uniform import ImageKind, check_alike
 from streamcnn.errors import DatasetMismatch, some
 
 Sample = tuple[ImageSource, int, *tuple[Tensor, ...]]
-"""An image, its label, and what else of it goes into the model, in order."""
+"""An image, its label, and further inputs of the model, in order."""
 
 
 OF_CONTENT = "content "
-"""What a fingerprint begins with that does not depend on when files were written."""
+"""Prefix of fingerprints that do not depend on files' times."""
 
 
 class Images(Protocol):
-    """Images and what a model is to find in them, by position."""
+    """Images with their targets, by position."""
 
     @property
     def fingerprint(self) -> str:
-        """What tells these images, what is known of them, and their augmentations from others."""
+        """Identifies these images, their targets and their augmentations."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw what is random in each epoch anew."""
+        """Draw the random augmentations of an epoch."""
 
     def prefetch(self, position: int) -> None:
-        """Prepare for an image being read soon, and return at once."""
+        """Start to prefetch an image that will be read soon, without waiting."""
 
     def __len__(self) -> int: ...
 
@@ -61,21 +61,21 @@ class LabelledImages(Images, Protocol):
 
 
 class ImageDataset(Dataset[Sample], ABC):
-    """Labelled images as ``(source, label)``, or ``(source, label, inputs)`` where the model gets more of
-    an image than its pixels; no pixel is read before the model asks.
+    """Labelled images as ``(source, label)``, or ``(source, label, inputs)`` if the model takes further
+    inputs; no pixel is read before the model asks.
 
     Parameters
     ----------
     names, labels
-        Of all images; a label is its class's number.
+        Names and labels of all images; a label is the number of a class.
     choice
-        How the files were read that the pixels come from.
+        How the files of the images were read.
     classes
-        Names of the labels 0, 1, …; None where labels are numbers.
+        Names of the labels 0, 1, …; None if labels are numbers.
     augmentation
         Drawn for each image and epoch; see ``set_epoch``.
     seed
-        Of the augmentations.
+        Seed of the augmentations.
 
     Raises
     ------
@@ -107,7 +107,7 @@ class ImageDataset(Dataset[Sample], ABC):
 
     @abstractmethod
     def _open(self, position: int) -> ImageSource:
-        """An image as it is stored."""
+        """Open an image as it is stored."""
 
     def size_of(self, position: int) -> tuple[int, int]:
         """Height and width of an image as it is stored."""
@@ -116,7 +116,7 @@ class ImageDataset(Dataset[Sample], ABC):
 
     @abstractmethod
     def _identities(self) -> Iterator[str]:
-        """What tells each image and its label from another."""
+        """A text for each image that identifies it and its label."""
 
     def _former_identities(self) -> Iterator[str]:
         """``_identities`` as older versions had them."""
@@ -124,27 +124,27 @@ class ImageDataset(Dataset[Sample], ABC):
 
     @abstractmethod
     def prefetch(self, position: int) -> None:
-        """Have the kernel read an image's files into its page cache, and return at once.
+        """Let the kernel read an image's files into its page cache, without waiting.
 
-        That memory is the system's, given up when it is needed, and counts towards no budget.
+        The system frees that memory when it is needed, so it counts towards no budget.
         """
 
     def truth(self, position: int) -> Any:
-        """What is known of an image beyond its label, for evaluation only; None where nothing is."""
+        """Ground truth of an image beyond its label, for evaluation only; None if there is none."""
         return None
 
     def inputs(self, position: int) -> tuple[Tensor, ...]:
-        """What goes into the model after the image; ``_identities`` tell it from other values."""
+        """Further inputs of the model for an image; they are part of ``_identities``."""
         return ()
 
     @property
     def num_classes(self) -> int:
-        """One more than the largest label; all names of classes count."""
+        """The number of classes: one more than the largest label, and at least the number of class names."""
         return max(len(self.classes or ()), 1 + max(self.labels, default=-1))
 
     @property
     def fingerprint(self) -> str:
-        """What tells these images, their labels and augmentations from others: a text with a SHA-256.
+        """Identifies these images, their labels and their augmentations: a text with a SHA-256.
 
         Raises
         ------
@@ -155,16 +155,16 @@ class ImageDataset(Dataset[Sample], ABC):
 
     @property
     def former_fingerprint(self) -> str:
-        """What ``fingerprint`` was before it was of content alone: it changed with the times of files."""
+        """The fingerprint of older versions, which also depends on files' times."""
         return digest_of(self._former_identities(), self.augmentation, self._seed)
 
     def renumber(self, classes: tuple[str, ...] | None) -> None:
-        """Number the labels as other images' are, whose classes have these names; None if theirs are numbers.
+        """Renumber the labels by other images' class names; None stands for labels that are numbers.
 
         Raises
         ------
         DatasetMismatch
-            If an image is of another class, or only the one has names.
+            If an image has a class that is not among them, or only one of the two has names.
         """
         if self.classes == classes:
             return
@@ -181,7 +181,7 @@ class ImageDataset(Dataset[Sample], ABC):
         self.classes = classes
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the augmentations of another epoch; worker processes that run already keep theirs."""
+        """Draw the augmentations of an epoch; running worker processes keep those of before."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -216,8 +216,8 @@ class TileDataset(ImageDataset):
     Raises
     ------
     DatasetMismatch
-        If the split is not there, an image has no label or is there in two splits, or images of the store
-        have different numbers of channels, types or ranges of values.
+        If the store lacks the split, an image has no label or occurs in two splits, or images of the
+        store have different numbers of channels, dtypes or ranges of values.
 
     Examples
     --------
@@ -269,25 +269,25 @@ class TileDataset(ImageDataset):
         return height, width
 
     def _check_copies(self) -> None:
-        """Compare images by the checksums of their chunks."""
+        """Look for copies of images, by the checksums of chunks."""
         every = self.store.records
         copies = same_keys(map(_checksums, every))
         names, splits = [record.name for record in every], [canonical(record.split) for record in every]
         check_copies(self.store.folder, names, splits, copies, [record.label for record in every])
 
     def truth(self, position: int) -> Any:
-        """What the store knows beyond the label: of UltraMNIST, the boxes and values of the digits."""
+        """The store's ground truth beyond the label: for UltraMNIST, boxes and values of the digits."""
         return self.records[position].truth
 
     def _identities(self) -> Iterator[str]:
-        # Where an image came from is left out: it names the times of the files that it was made of.
+        # The origin is left out, as it has the times of the files that the image was read from.
         return (replace(record, origin={}).to_json() for record in self.records)
 
     def _former_identities(self) -> Iterator[str]:
         return (record.to_json() for record in self.records)
 
     def prefetch(self, position: int) -> None:
-        """Have the kernel read an image's shards of full resolution into its page cache."""
+        """Let the kernel read an image's shards of full resolution into its page cache."""
         record = self.records[position]
         for key in record.shards:
             if key.startswith("0/"):
@@ -295,25 +295,25 @@ class TileDataset(ImageDataset):
 
 
 def _kind(record: ImageRecord) -> ImageKind:
-    """What an image of a store is, by the manifest."""
+    """The kind of an image of a store, from the manifest."""
     largest = largest_of(getattr(torch, record.dtype)) if record.largest is None else record.largest
     return ImageKind(record.shape[0], record.dtype, largest)
 
 
 def _choice_of(records: Sequence[ImageRecord]) -> ImageChoice:
-    """How the files of a store's images were read; the default where that is not one thing."""
+    """How the files of a store's images were read; the default if that differs between images."""
     found = set()
     for record in records:
         series, level, last = (record.origin.get(name) for name in ("series", "level", "channels_last"))
         try:
             found.add(ImageChoice(series, 0 if level is None else level, last))
         except ValueError:
-            return DEFAULT_CHOICE  # of another program, that means something else by these words
+            return DEFAULT_CHOICE  # written by another program, which means something else by these words
     return found.pop() if len(found) == 1 else DEFAULT_CHOICE
 
 
 def _checksums(record: ImageRecord) -> Hashable | None:
-    """What two images of the same pixels have in common; None of a small image."""
+    """A key that is equal for images of equal pixels; None for a small image."""
     if record.stored_bytes < LEAST_BYTES:
         return None
     shards = sorted((key, *astuple(shard)) for key, shard in record.shards.items())
@@ -321,15 +321,15 @@ def _checksums(record: ImageRecord) -> Hashable | None:
 
 
 def of_split(store: TileStore, split: str) -> tuple[ImageRecord, ...]:
-    """The images of a split, however it is spelled."""
+    """The images of a split, in any of its spellings."""
     wanted = canonical(split)
     return tuple(record for record in store.records if canonical(record.split) == wanted)
 
 
 def prefetched(dataset: ImageDataset, sampler: ResumableSampler) -> Iterator[Sample]:
-    """The rest of an epoch's samples, the files of each read from disk while the one before is in use.
+    """The rest of an epoch's samples; while one is in use, the next one's files are read from disk.
 
-    Augmentations are those of the sampler's epoch, and its state is exact at any moment.
+    Augmentations are those of the sampler's epoch, and the sampler's state is exact at any moment.
     """
     dataset.set_epoch(sampler.epoch)
     for position in sampler:
@@ -342,12 +342,12 @@ def prefetched(dataset: ImageDataset, sampler: ResumableSampler) -> Iterator[Sam
 def collate(samples: Sequence[Sample]) -> tuple[list[ImageSource], Tensor, *tuple[Tensor, ...]]:
     """A batch for ``StreamingModel``: the sources, the labels ``(N,)`` as int64, and further inputs.
 
-    Each further input is stacked: of ``(K,)`` in each sample, there is one of ``(N, K)``.
+    Further inputs are stacked: inputs ``(K,)`` of the samples become one tensor ``(N, K)``.
 
     Raises
     ------
     DatasetMismatch
-        If samples have further inputs of different numbers or shapes.
+        If samples differ in the number or shapes of further inputs.
     """
     if len({input_shapes(sample) for sample in samples}) > 1:
         shapes = [input_shapes(sample) for sample in samples]
@@ -362,7 +362,7 @@ def input_shapes(sample: Sample) -> tuple[tuple[int, ...], ...]:
 
 
 def digest_of(identities: Iterable[str], augmentation: RandomAugmentation | None, seed: int) -> str:
-    """A SHA-256 of what tells each image from another, and of what they are augmented by."""
+    """A SHA-256 of the images' identities and of their augmentation."""
     known = hashlib.sha256(repr((augmentation, seed)).encode())
     for identity in identities:
         known.update(identity.encode(errors="surrogateescape") + b"\n")
@@ -370,13 +370,13 @@ def digest_of(identities: Iterable[str], augmentation: RandomAugmentation | None
 
 
 def no_split(path: Path, split: str | None, present: Iterable[str]) -> DatasetMismatch:
-    """The error that a data set has no images of a split."""
+    """The error for a data set without images of a split."""
     known = sorted(set(present))
     return DatasetMismatch(f"{path} has no images of split {split!r}: it has {known}")
 
 
 def will_need(path: Path) -> None:
-    """Ask for a file to be read ahead; where that cannot be asked for, or fails, reading it will tell."""
+    """Ask the kernel to read a file ahead; failures are ignored, as reading the file will show them."""
     if not hasattr(os, "posix_fadvise"):
         return
     try:

@@ -8,26 +8,26 @@ from pathlib import Path
 
 _PREAMBLE = 128
 _HEAD_BYTES = 2**20
-"""As much of a file as is looked at: the series comes before the pixels."""
+"""Number of bytes read from a file: the series comes before the pixels."""
 _IMPLICIT = "1.2.840.10008.1.2"
 _SYNTAX = (0x0002, 0x0010)
 _SERIES = (0x0020, 0x000E)
 _ITEM, _ITEM_END, _SEQUENCE_END = (0xFFFE, 0xE000), (0xFFFE, 0xE00D), (0xFFFE, 0xE0DD)
 _UNDEFINED = 0xFFFFFFFF
 _LONG = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"}
-"""Value representations whose length has four bytes, behind two that are not used."""
+"""Value representations whose length takes four bytes, after two unused ones."""
 
 Tag = tuple[int, int]
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file begins as DICOM files do."""
+    """Whether a file has the head of a DICOM file."""
     with path.open("rb") as file:
         return file.read(_PREAMBLE + 4)[_PREAMBLE:] == b"DICM"
 
 
 def series_uid(path: Path) -> str | None:
-    """The SeriesInstanceUID of a DICOM file in little endian; None where none is found.
+    """The SeriesInstanceUID of a little-endian DICOM file; None if there is none.
 
     Raises
     ------
@@ -45,7 +45,7 @@ def series_uid(path: Path) -> str | None:
             if tag > _SERIES:
                 return None
     except (struct.error, UnicodeDecodeError, RecursionError):
-        return None  # whoever opens the file says what is wrong with it
+        return None  # opening the file will show what is wrong with it
     return None
 
 
@@ -54,7 +54,7 @@ def _elements(head: bytes, at: int) -> Iterator[tuple[Tag, bytes]]:
     explicit, described_explicit = True, True
     while at < len(head):
         (group,) = struct.unpack_from("<H", head, at)
-        if group != 0x0002:  # the groups from here on are written as the first said
+        if group != 0x0002:  # the transfer syntax of the first group applies from here on
             explicit = described_explicit
         tag, start, length = _element(head, at, explicit)
         if length == _UNDEFINED:
@@ -81,7 +81,7 @@ def _element(head: bytes, at: int, explicit: bool) -> tuple[Tag, int, int]:
 
 
 def _end(head: bytes, at: int, explicit: bool, ending: Tag) -> int:
-    """Where a sequence or an item of undefined length ends."""
+    """The end of a sequence or an item of undefined length."""
     while True:
         tag, start, length = _element(head, at, explicit)
         if tag == ending:

@@ -1,6 +1,6 @@
-"""Image files as a dataset: those that a table names, or those in folders of their classes.
+"""Image files as a data set: those that a table names, or those in one folder for each class.
 
-The head of every image is read when the data set is opened, so that a training does not end at one.
+Every image's head is read when the data set is opened, so that no training fails at a bad image.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from streamcnn.data.uniform import check_alike, kind_of_file, size_of_file
 from streamcnn.errors import DatasetMismatch, some
 
 _READERS = 8
-"""Files that are read at a time, to tell them from others."""
+"""Number of files read at a time for fingerprints."""
 
 
 @final
@@ -37,34 +37,34 @@ class FileDataset(ImageDataset):
     Parameters
     ----------
     path
-        A CSV file with the columns ``image`` (a path, taken from the table's folder if it is relative),
-        ``label`` and, if wanted, ``split``; or a folder with a folder of images for each class, and above
-        them, if wanted, one for each split (``train``, ``val``, ``test``).
-    split
-        Which images; None takes all. Where nothing says a split, it is ``train``. Usual spellings of
-        ``train``, ``val`` and ``test`` are one: ``Training``, ``valid``, ``Test_set``.
-    positions
-        Of the images to take among those; None takes all.
+        A CSV file with the columns ``image`` (a path, relative to the table's folder or absolute), ``label``
+        and, if wanted, ``split``; or a folder with a folder of images for each class, and above these, if
+        wanted, one for each split (``train``, ``val``, ``test``). split
+            The split to take; None takes all images. An image without a split belongs to ``train``. Usual
+            spellings of ``train``, ``val`` and ``test`` are equivalent: ``Training``, ``valid``,
+            ``Test_set``.
+        positions
+            Positions within the split of the images to take; None takes all.
     augmentation, seed
         As for ``TileDataset``.
     choice
-        Which image of each file, in which resolution, and where its channels are.
-    inputs
-        Columns of the table with numbers that go into the model: each sample then is ``(source, label,
-        numbers)``, the last a float32 tensor (K,) in the order of these names, as the table has them.
+        Which image of each file to read, at which resolution, and where its channels are.
+        inputs
+            Columns of the table with numbers for the model. Each sample is then ``(source, label, numbers)``,
+            with a float32 tensor (K,) of the table's numbers, in the order of these names.
 
     Raises
     ------
     DatasetMismatch
-        If there are no such images, a label or an image is missing, or an input is missing or no number; if
-        images have different numbers of channels, types or ranges of values, one is there in two splits, or
-        folders may be splits and may be classes; or the choice does not apply to an image.
-    CorruptImage
-        If a folder holds no image, an image cannot be opened, or the path is not on this machine.
+        If there are no such images, a label or an image is missing, or an input is missing or not a number;
+        if images differ in channels, dtypes or ranges of values, one occurs in two splits, or folders could
+        be splits as well as classes; or if the choice does not apply to an image.
+        CorruptImage
+            If a folder holds no image, an image cannot be opened, or the path does not exist.
     MissingExtra
         If a format needs a package that is not installed.
     ValueError
-        If ``inputs`` name a column twice, or one that is no input.
+        If ``inputs`` name a column twice, or one that cannot be an input.
     """
 
     def __init__(
@@ -112,28 +112,28 @@ class FileDataset(ImageDataset):
         return size_of_file(self._files[position].path, self.choice)
 
     def inputs(self, position: int) -> tuple[Tensor, ...]:
-        """The numbers of an image, (K,) in float32, if columns were named."""
+        """The numbers of an image as a float32 tensor (K,), if ``inputs`` were named."""
         return _as_inputs(self._files[position].inputs)
 
     def _identities(self) -> Iterator[str]:
-        # Beside one another: a disk or a file server answers some requests sooner than one by one.
+        # In parallel: a disk or a file server answers several requests sooner than one by one.
         with ThreadPoolExecutor(_READERS, thread_name_prefix="streamcnn-content") as readers:
             yield from self._described(readers.map(_content, self._files))
 
     def _former_identities(self) -> Iterator[str]:
-        """As `_identities` once were, of times that files were written at."""
+        """`_identities` of older versions, which depend on files' times."""
         return self._described(map(_times, self._files))
 
     def _described(self, known: Iterable[str]) -> Iterator[str]:
         for file, label, each in zip(self._files, self.labels, known, strict=True):
             identity = f"{file.name} {label} {each}"
             numbers = dict(zip(self.input_names, file.inputs, strict=True))
-            # Only what is not as usual, so that a run from before goes on.
+            # Only what differs from the default, so that older runs can be resumed.
             made = [str(each) for each in (dict(self.choice.made), numbers) if each]
             yield " ".join((identity, *made))
 
     def prefetch(self, position: int) -> None:
-        """Have the kernel read a file into its page cache; images that are folders are left alone."""
+        """Let the kernel read a file into its page cache; images that are folders are skipped."""
         path = self._files[position].path
         if path.is_file():
             will_need(path)
@@ -145,7 +145,7 @@ def _content(file: LabelledFile) -> str:
 
 def _times(file: LabelledFile) -> str:
     if file.others or file.path.is_dir():
-        # The time of a folder does not tell of what is written further down.
+        # A folder's time does not change with writes further down.
         return fingerprint([file.path, *file.others])
     found = file.path.stat()
     return f"{found.st_size} {found.st_mtime_ns}"
@@ -183,12 +183,12 @@ def open_dataset(
 
 
 def refuse_choice(path: str | Path, choice: ImageChoice) -> None:
-    """Refuse to choose among the images of a tile store.
+    """Refuse a choice for a tile store, whose images were chosen when it was written.
 
     Raises
     ------
     DatasetMismatch
-        If something is chosen.
+        If ``choice`` is not the default.
     """
     if choice.made:
         options = ", ".join(f"{name}=" for name in choice.made)
@@ -201,7 +201,7 @@ def refuse_choice(path: str | Path, choice: ImageChoice) -> None:
 def open_table(
     path: str | Path, inputs: Sequence[str] = (), choice: ImageChoice = DEFAULT_CHOICE
 ) -> Iterator[tuple[Path, ImageSource, *tuple[Tensor, ...]]]:
-    """The images that a table names, whether or not it has labels: paths, sources and further inputs.
+    """Open the images that a table names, with or without labels: paths, sources and further inputs.
 
     Parameters
     ----------
@@ -213,14 +213,14 @@ def open_table(
     Raises
     ------
     DatasetMismatch, ValueError
-        As for `FileDataset`, besides labels.
+        As for `FileDataset`, except for labels.
     """
     for file in files_of_table(local_path(path), inputs, labelled=False):
         yield file.path, open_chosen(file.path, choice), *_as_inputs(file.inputs)
 
 
 def _as_inputs(numbers: tuple[float, ...]) -> tuple[Tensor, ...]:
-    """The numbers as one tensor (K,), or nothing where there are none."""
+    """The numbers as a tuple of one tensor (K,), or an empty tuple if there are none."""
     return (torch.tensor(numbers, dtype=torch.float32),) if numbers else ()
 
 

@@ -1,7 +1,7 @@
-"""What tells whether files are still those that were read, without reading all of them.
+"""Fingerprints of files, which show whether files have changed without reading all of them.
 
-`fingerprint` is quick and changes with a file's time. `content_digest` is of bytes alone: files that were
-copied, moved or touched keep it.
+`fingerprint` is quick and changes with a file's time. `content_digest` depends on bytes alone, so files that
+were copied, moved or touched keep it.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from streamcnn.errors import CorruptImage
 from streamcnn.support.documents import open_regular, read_regular
 
 BLOCK = 2**16
-"""Bytes that are read at a place."""
+"""Bytes of a block."""
 WHOLE_BYTES = 2**23
-"""Most bytes of an image that are all read."""
+"""Largest image in bytes that is read completely."""
 NUM_BLOCKS = 32
-"""Blocks that are read of a larger one."""
+"""Number of blocks that are read of a larger image."""
 _END_BYTES = 2**16
 _ZARR_METADATA = {".zarray", ".zattrs", ".zgroup", "zarr.json"}
 
 
 def fingerprint(paths: Sequence[Path]) -> str:
-    """A SHA-256 of sizes, times of writing and some content of files, and of all files in folders.
+    """A SHA-256 of the sizes, modification times and some content of files, and of all files in folders.
 
-    Of a file that is given, the first and the last 64 KiB are read; of a file in a folder, nothing but zarr's
-    metadata. A file that was changed within, and keeps its size and its time, is not noticed.
+    Of a given file, the first and the last 64 KiB are read; of files in a folder, only zarr's metadata. A
+    change in the middle of a file that keeps size and time goes unnoticed.
 
     Raises
     ------
     CorruptImage
-        If one cannot be read.
+        If a file cannot be read.
     """
     known = hashlib.sha256()
     with comparing():
@@ -46,16 +46,16 @@ def fingerprint(paths: Sequence[Path]) -> str:
 
 
 def content_digest(paths: Sequence[Path]) -> str:
-    """A SHA-256 of the files of one image, and of all files in folders, whatever their times and place.
+    """A SHA-256 of the content of one image's files, and of all files in folders, without times and paths.
 
-    All sizes count, the names in folders, and zarr's metadata. Of other bytes all count up to 8 MiB in an
-    image; of more, 32 blocks of 64 KiB, spread evenly from the first to the last. So another picture of the
-    same size is noticed, and some changed pixels in a large file may not be.
+    It covers all sizes, names within folders, and zarr's metadata. Of other bytes it covers all in an image
+    of up to 8 MiB; in a larger one, 32 blocks of 64 KiB, spread evenly from the first to the last. So it
+    notices another picture of the same size, but may miss some changed pixels in a large file.
 
     Raises
     ------
     CorruptImage
-        If one cannot be read.
+        If a file cannot be read.
     """
     known = hashlib.sha256()
     with comparing():
@@ -73,7 +73,7 @@ def content_digest(paths: Sequence[Path]) -> str:
 
 
 def _places(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Where to read a block: numbers of files, and places in them in bytes."""
+    """The blocks to read: index of the file, and offset in bytes."""
     total = sum(sizes)
     if total <= WHOLE_BYTES:
         for at, size in enumerate(sizes):
@@ -85,12 +85,12 @@ def _places(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
         while place >= before + sizes[at]:
             before += sizes[at]
             at += 1
-        # All of the last block, and not its last byte.
+        # The last block is read whole.
         yield at, max(0, min(place - before, sizes[at] - BLOCK))
 
 
 def _files(path: Path) -> Iterator[tuple[str, Path]]:
-    """Files with their names in a folder; a file that is given goes by its size and bytes alone."""
+    """Files with their names within a folder; a given file has no name, as only size and bytes count."""
     if not path.is_dir():
         yield "", path
         return

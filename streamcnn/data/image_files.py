@@ -1,4 +1,4 @@
-"""Image files below folders, and the names that they go by."""
+"""Search for image files in folders, and their names in a store."""
 
 from __future__ import annotations
 
@@ -22,40 +22,40 @@ _IMAGES = frozenset(
     ".oir .pbm .pcx .pgm .png .pnm .ppm .psd .ras .scn .sid .svs .svslide .tf8 .tga .tif .tiff .vms .vmu "
     ".webp .xcf .zarr .zvi".split()
 )
-"""Endings that images have, whether or not they can be read."""
+"""Endings of image files, whether or not the format is supported."""
 
 
 @dataclass(frozen=True, slots=True)
 class FoundImage:
-    """An image and the name that it will have in the store."""
+    """An image that was found, and the name that it will have in the store."""
 
     name: str
     path: Path
-    """What is opened."""
+    """Path to open."""
     relative: str
-    """Path below the folder that was given, with its ending."""
+    """Path relative to the given folder, with its ending."""
     others: tuple[Path, ...] = ()
-    """The further files of an image that lies in several."""
+    """Further files of an image that consists of several."""
 
 
 def find_images(paths: Sequence[Path], series: int | None = None) -> list[FoundImage]:
-    """All images among ``paths`` and in folders below them, in the order of their names.
+    """Find all images among ``paths`` and in folders below them, sorted by name.
 
-    The name in the store is the path below the folder that was given, with %XX for what is neither a letter
-    of ASCII nor a digit nor one of ``_.() -``, and with its ending if two would have one name else.
+    The name in the store is the path relative to the given folder, with %XX for characters other than ASCII
+    letters, digits and ``_.() -``, and with its ending if two names would otherwise be equal.
 
-    Of a folder that bioformats2raw wrote, ``series`` is the image to take; by default it is the only one
-    besides those of the label and the glass. A scan in several files is one image; files that only belong to
-    one, hidden files and folders of thumbnails are none.
+    In a folder written by bioformats2raw, ``series`` selects the image; by default it is the only one besides
+    those of the label and the glass. A scan in several files is one image. Files that only belong to an
+    image, hidden files and folders of thumbnails are not images.
 
     Raises
     ------
     CorruptImage
-        If a path does not exist, is not on this machine or holds no image, or a file is called like an image
-        and is none that is known.
+        If a path does not exist, is not on this machine or holds no image, or a file has an image's ending
+        but no known format.
     DatasetMismatch
-        If two images would have one name, or one's name would be a folder of the other's; or one image would
-        be there twice, or lies in several files that cannot be read together.
+        If two images would have the same name, one's name would be a folder of another's, an image would
+        occur twice, or an image consists of several files that cannot be read together.
     """
     found: dict[str, tuple[Path, Scan]] = {}
     for given, scan in _scans_of([local_path(path) for path in paths], series):
@@ -84,7 +84,7 @@ def find_images(paths: Sequence[Path], series: int | None = None) -> list[FoundI
 
 
 def _scans_of(paths: Sequence[Path], series: int | None) -> list[tuple[Path, Scan]]:
-    """The scans at all paths, each with the path that it was found at."""
+    """The scans at all paths, each with the given path under which it was found."""
     found: list[tuple[Path, Scan]] = []
     files: dict[Path, list[Path]] = {}
     for given in paths:
@@ -108,7 +108,7 @@ def _scans_of(paths: Sequence[Path], series: int | None) -> list[tuple[Path, Sca
 
 
 def _require_image(given: Path) -> None:
-    """Make sure that a path is an image or a folder that may hold some."""
+    """Make sure that a path is an image, or a folder that may hold images."""
     if not given.exists():
         raise CorruptImage(f"there is nothing at {given}: give images or folders of images")
     if is_tile_store(given):
@@ -122,9 +122,9 @@ def _none_known(given: Path) -> CorruptImage:
 
 
 def _scans_below(folder: Path, series: int | None, above: Sequence[Path] = ()) -> list[Scan]:
-    """Scans in a folder and its folders; not in one that is an image itself, or a tile store.
+    """The scans in a folder and its subfolders, except those that are images themselves, or tile stores.
 
-    A link to a folder that it lies in, one of those ``above``, is passed over: all images there are found.
+    A link to one of the folders ``above`` it is skipped, as all images there are found anyway.
     """
     raw = raw_image(folder, series)
     if raw is not None:
@@ -158,12 +158,12 @@ def _scans_below(folder: Path, series: int | None, above: Sequence[Path] = ()) -
 
 
 def _is_broken_link(path: Path) -> bool:
-    """Whether a link leads nowhere; refused if it may have led to an image or a folder.
+    """Whether a path is a broken link; one that may have led to an image or a folder is refused.
 
     Raises
     ------
     CorruptImage
-        If it is called like an image or a folder.
+        If the broken link has the name of an image or a folder.
     """
     if not path.is_symlink() or path.exists():
         return False
@@ -176,7 +176,7 @@ def _is_broken_link(path: Path) -> bool:
 
 
 def _refuse_unknown(folder: Path, unknown: Sequence[Path]) -> None:
-    """Refuse what is called like an image and is none that can be read, rather than pass it over."""
+    """Refuse files with an image's ending but no supported format, rather than skip them."""
     if unknown:
         described = some([path.name for path in unknown])
         raise CorruptImage(
@@ -186,7 +186,7 @@ def _refuse_unknown(folder: Path, unknown: Sequence[Path]) -> None:
 
 
 def _content(path: Path) -> str:
-    """What a file begins with, in brackets."""
+    """The first bytes of a file as text, in brackets."""
     if path.is_dir():
         return " (a folder with no image in it)" if any(path.iterdir()) else " (an empty folder)"
     with opening(str(path), "image"), path.open("rb") as file:
@@ -195,7 +195,7 @@ def _content(path: Path) -> str:
 
 
 def _refuse_loose_levels(folder: Path, images: Sequence[Path]) -> None:
-    """Refuse arrays 0, 1, 2 of one zarr group, which may be images and may be levels of one."""
+    """Refuse arrays 0, 1, 2 of one zarr group, which may be images or levels of one image."""
     arrays = [path.name for path in images if path.name.isdecimal() and path.is_dir()]
     if len(arrays) > 1 and any((folder / name).is_file() for name in ("zarr.json", ".zgroup")):
         raise DatasetMismatch(

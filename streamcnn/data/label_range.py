@@ -1,4 +1,4 @@
-"""How large a label may be: a classifier has an output, and so weights, for each number up to the largest."""
+"""The largest label: a classifier has an output, and so weights, for each number up to it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from streamcnn.errors import DatasetMismatch
 
 MOST_CLASSES = 2**16
-"""Classes that there may be where there are fewer images than that."""
+"""Largest number of classes, unless there are more images."""
 
 
 def require_labels(labels: Sequence[int], what: str = "labels") -> None:
-    """Make sure that labels are numbers of classes.
+    """Make sure that labels are valid numbers of classes.
 
     Parameters
     ----------
     labels
-        Of all images.
+        The labels of all images.
     what
-        What the error calls them.
+        Name of the labels in the error.
 
     Raises
     ------

@@ -15,45 +15,45 @@ from streamcnn.errors import DatasetMismatch, some
 
 _COLUMNS = ("image", "label")
 _LARGEST = 3.4e38
-"""Of the numbers that float32 has."""
+"""Largest number that float32 can hold."""
 _NUMBER = re.compile(r"[-+]?[0-9]*[.,]?[0-9]*")
 _WHOLE = re.compile(r"[0-9]+([.]0*)?")
-"""A label that is a number; pandas writes 1 as 1.0 where one is missing in the column."""
+"""A label that is a number; pandas writes 1 as 1.0 if a value is missing in the column."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What a table says of an image."""
+    """A table's row for an image."""
 
     line: int
-    """Of the file, from 1 on."""
+    """Line of the file, from 1 on."""
     image: str
     label: str
-    """Blank where none is asked for."""
+    """The label; empty if labels are not read."""
     split: str | None
     inputs: tuple[float, ...]
-    """Numbers of the columns that were asked for, in that order."""
+    """Numbers of the requested columns, in the requested order."""
 
 
 def read_rows(path: Path, inputs: Sequence[str] = (), *, labelled: bool = True) -> list[Row]:
-    """The table's rows; no image and no label is blank, and labels are all whole numbers or all names.
+    """The table's rows. No image and no label is empty, and labels are all integers or all names.
 
     Parameters
     ----------
     path
-        Of the CSV file.
+        The CSV file.
     inputs
-        Columns of numbers that are wanted too.
+        Columns of numbers to read too.
     labelled
-        Whether there have to be labels.
+        Whether labels are required.
 
     Raises
     ------
     DatasetMismatch
-        If it cannot be read, lacks a column, has a blank cell, or no number where one is wanted; or if
-        labels are numbers and names, or differ in nothing but case.
+        If the file cannot be read, lacks a column, has an empty cell, or text in place of a number; or if
+        labels mix numbers and names, or differ only in case.
     ValueError
-        If ``inputs`` name a column twice, or one that is no input.
+        If ``inputs`` name a column twice, or one that cannot be an input.
     """
     check_inputs(inputs)
     needed = _COLUMNS if labelled else _COLUMNS[:1]
@@ -75,7 +75,7 @@ def _row(where: str, line: int, cells: dict[str, str], filled: Sequence[str], in
 
 
 def _with_labels_of_one_kind(path: Path, rows: Sequence[Row]) -> list[Row]:
-    """The rows with whole numbers written in one way; refused where labels are of two kinds."""
+    """The rows with integer labels in one spelling; a mix of numbers and names is refused."""
     first = {row.label: row for row in reversed(rows)}
     by_line = sorted(first.values(), key=lambda row: row.line)
     doubtful = [row for row in by_line if _NUMBER.fullmatch(row.label) and not _WHOLE.fullmatch(row.label)]
@@ -102,9 +102,9 @@ def _no_whole_numbers(labels: Sequence[str], where: str = "") -> DatasetMismatch
 
 
 def _alike(labels: Iterable[str]) -> tuple[str, str] | None:
-    """Two labels which differ in nothing but case, blanks or accents' encoding, if there are such.
+    """Two labels that differ only in case, blanks or the encoding of accents; None if there are none.
 
-    Single letters may: they are classes of handwriting.
+    Single letters may differ in case, as classes of handwriting do.
     """
     known: dict[str, str] = {}
     for label in labels:
@@ -120,12 +120,12 @@ def _of_alike(labels: tuple[str, str]) -> str:
 
 
 def check_inputs(inputs: Sequence[str]) -> None:
-    """Make sure that each of the columns may be an input.
+    """Make sure that each of the columns can be an input.
 
     Raises
     ------
     ValueError
-        If not.
+        If one cannot, or is named twice.
     """
     taken = [column for column in (*_COLUMNS, "split") if column in inputs]
     twice = sorted({column for column in inputs if inputs.count(column) > 1})
@@ -136,7 +136,7 @@ def check_inputs(inputs: Sequence[str]) -> None:
 
 
 def _number(text: str, where: str) -> float:
-    """A cell's number, which float32 can hold."""
+    """The number in a cell, which must fit into float32."""
     try:
         number = float(text)
     except ValueError:
@@ -149,21 +149,21 @@ def _number(text: str, where: str) -> float:
 def class_names(
     texts: Iterable[str], known: tuple[str, ...] | None = None, *, numbered: bool = False
 ) -> tuple[str, ...] | None:
-    """Names of classes: the known ones, then new ones in alphabetical order; None if labels are numbers.
+    """Names of classes: known ones, then new ones in alphabetical order; None if labels are numbers.
 
     Parameters
     ----------
     texts
         All labels of a table.
     known
-        Names of the labels 0, 1, …, if there are any already.
+        Existing names of the labels 0, 1, …, if any.
     numbered
-        Whether there are labels already which are numbers.
+        Whether existing labels are numbers.
 
     Raises
     ------
     DatasetMismatch
-        If some are names and others numbers, or names differ in nothing but case.
+        If some labels are names and others numbers, or names differ only in case.
     """
     labels = sorted(set(texts))
     alike = _alike((*(known or ()), *labels))
@@ -190,5 +190,5 @@ def class_names(
 
 
 def label_number(text: str, classes: tuple[str, ...] | None) -> int:
-    """The number of a label, which is its place among the names of classes if there are any."""
+    """The number of a label: its index among the class names, or the number itself if there are none."""
     return int(text) if classes is None else classes.index(text)

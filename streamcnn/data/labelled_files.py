@@ -1,4 +1,4 @@
-"""Image files and what is known of each: from a table, or from the folders that they lie in."""
+"""Image files with labels and splits, from a table or from the names of folders."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from streamcnn.data.sources.places import looked_at, resolved_path
 from streamcnn.errors import CorruptImage, DatasetMismatch, some
 
 UNSPLIT = "train"
-"""The split of images of which nothing says one."""
+"""The split of images for which none is given."""
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledFile:
-    """An image file and what is known of it."""
+    """An image file with its label, split and inputs."""
 
     name: str
     path: Path
@@ -35,12 +35,12 @@ class LabelledFile:
 
 
 def files_of_table(path: Path, inputs: Sequence[str], *, labelled: bool = True) -> list[LabelledFile]:
-    """The images that a table names, in its order.
+    """The images that a table names, in the table's order.
 
     Raises
     ------
     DatasetMismatch
-        If the table is wrong, names what is no image, or one image in several rows.
+        If the table is invalid, names something that is not an image, or one image in several rows.
     """
     rows = read_rows(path, inputs, labelled=labelled)
     if not rows:
@@ -65,13 +65,13 @@ def path_in_table(table: Path, text: str, line: int) -> Path:
     Raises
     ------
     DatasetMismatch
-        If it is not on this machine, or no path that anything can lie at.
+        If the path is not on this machine, or is not a possible path.
     """
     texts = [text, text.replace("\\", "/")]
     texts += [unicodedata.normalize(form, each) for each in texts for form in ("NFC", "NFD")]
     try:
         paths = [table.parent / resolved_path(each) for each in texts]
-        # Other spellings are no paths of the table's: one may be too long where the one that is there is not.
+        # Failures of other spellings are ignored: one may be too long though the right one is not.
         looked_at(paths[0])
     except CorruptImage as error:
         raise DatasetMismatch(f"{table}, line {line}: {error}") from None
@@ -79,21 +79,21 @@ def path_in_table(table: Path, text: str, line: int) -> Path:
 
 
 def distinct_scans(table: Path, rows: Sequence[tuple[int, str]], paths: Sequence[Path]) -> list[Scan]:
-    """The scan that each row of a table names, if no two name one image.
+    """The scan that each row of a table names; no two rows may name the same image.
 
     Parameters
     ----------
     table
-        For messages.
+        Path of the table, for messages.
     rows
-        The line of each, and what it calls its image.
+        The line of each row, and its text for the image.
     paths
-        Where these images are.
+        Paths of these images.
 
     Raises
     ------
     DatasetMismatch
-        Naming the lines of two rows of one image.
+        If two rows name one image; the text gives their lines.
     """
     _refuse_names_twice(table, rows)
     scans = [scan_of(path) for path in paths]
@@ -117,7 +117,7 @@ def _refuse_names_twice(table: Path, rows: Sequence[tuple[int, str]]) -> None:
 
 
 def files_in_folders(folder: Path, series: int | None = None) -> list[LabelledFile]:
-    """The images in folders of their classes, by name; ``series`` as for `find_images`.
+    """The images in one folder for each class, sorted by name; ``series`` as for `find_images`.
 
     Raises
     ------

@@ -1,6 +1,6 @@
-"""Write maps that models give into files: OME-Zarr folders and tiled BigTIFFs, each whole or not at all.
+"""Writing of models' output maps: OME-Zarr folders and tiled BigTIFFs, each complete or not at all.
 
-A map is read piece by piece, and a few pieces are in memory at a time.
+A map is written piece by piece, with a few pieces in memory at a time.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _CENTIMETRES = {"nanometer": 1e-7, "micrometer": 1e-4, "millimeter": 0.1, "centi
 
 
 def check_place(path: Path, *, overwrite: bool) -> None:
-    """See that a map can be written to ``path``, before anything is computed.
+    """Make sure that a map can be written to ``path``, before anything is computed.
 
     Raises
     ------
     ValueError
-        If its ending is none of a format.
+        If its ending does not belong to a format.
     CannotWrite
-        If something is there that is not to be overwritten, or there is no folder for it.
+        If something is there that must not be overwritten, or the parent folder is missing.
     """
     allowed = (*_ZARR, *_TIFF)
     if path.suffix.lower() not in allowed:
@@ -57,7 +57,7 @@ def check_place(path: Path, *, overwrite: bool) -> None:
 def write_map(
     path: Path, source: ImageSource, placement: Placement, *, class_names: Sequence[str] | None = None
 ) -> None:
-    """Write a map to a path that :func:`check_place` has allowed, under another name until it is whole.
+    """Write a map to a path that :func:`check_place` allows, under another name until it is complete.
 
     Parameters
     ----------
@@ -72,7 +72,7 @@ def write_map(
     Raises
     ------
     CannotWrite
-        If it cannot be written, as on a full disk; nothing of it is left, and what was there is as it was.
+        If it cannot be written, as on a full disk; no part of it is left, and an old file is unchanged.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     needed = _nbytes(source, source.shape[1] * source.shape[2])
@@ -134,7 +134,7 @@ def _write_tiff(file: Path, source: ImageSource, placement: Placement) -> None:
 
 
 def piece_edge(source: ImageSource) -> int:
-    """Edge of a chunk or tile in pixels, which holds all channels: less where those are many."""
+    """Edge in pixels of a chunk or tile, which holds all channels; smaller if there are many."""
     edges = (edge for edge in (CHUNK, CHUNK // 2, CHUNK // 4) if _nbytes(source, edge**2) <= SHARD_BYTES)
     return next(edges, CHUNK // 8)
 
@@ -144,7 +144,7 @@ def _nbytes(source: ImageSource, num_pixels: int) -> int:
 
 
 def _tiles(source: ImageSource) -> Iterator[NDArray[Any]]:
-    """The tiles (h, w) or (h, w, C) in order, whole ones at the far edges too."""
+    """The tiles (h, w) or (h, w, C) in order, padded to full size at the far edges."""
     channels, height, width = source.shape
     edge = piece_edge(source)
     for top, left in product(range(0, height, edge), range(0, width, edge)):
@@ -156,7 +156,7 @@ def _tiles(source: ImageSource) -> Iterator[NDArray[Any]]:
 
 
 def _put(partial: Path, path: Path) -> None:
-    """Give what was written its name; a folder that is there is put aside in one step, so never half gone."""
+    """Give the finished file its name; an old folder is moved away in one step, so never half removed."""
     if not partial.is_dir():
         partial.replace(path)
         return

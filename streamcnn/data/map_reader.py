@@ -1,4 +1,4 @@
-"""Maps that go into a model beside the image, such as masks, read region by region from their sources."""
+"""Maps that are further inputs of a model, such as masks, read region by region from sources."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from streamcnn.geometry.windows import Axes
 class MapReader(SourceBatch):
     """A batch of maps of one shape, as a model takes them.
 
-    Sources of one channel give (N, H, W), as losses want classes and weights of pixels; of several (N, C, H,
-    W). Integers become int64; other types stay as they are stored.
+    Sources with one channel give (N, H, W), as losses expect for classes and weights of pixels; with several,
+    (N, C, H, W). Integers become int64; other dtypes stay as stored.
 
     Attributes
     ----------
     shape, dtype
-        Of the whole batch.
-    axes
-        Where H and W are in it.
+        Shape and dtype of the whole batch.
+        axes
+            The axes H and W of the batch.
 
-    Raises
-    ------
-    DatasetMismatch
-        If the sources are no batch.
+        Raises
+        ------
+        DatasetMismatch
+            If the sources differ in shape or dtype.
     """
 
     def __init__(self, source: ImageSource | Sequence[ImageSource], device: torch.device) -> None:
@@ -44,7 +44,7 @@ class MapReader(SourceBatch):
         self.dtype = torch.int64 if is_integer(stored) else stored
 
     def read(self, region: Region) -> Tensor:
-        """The values of ``region``, (N, h, w) or (N, C, h, w), on the device; not to be written to.
+        """The values of ``region``, (N, h, w) or (N, C, h, w), on the device; read-only.
 
         Raises
         ------

@@ -1,6 +1,6 @@
 """Images with masks of their pixels' classes, from a table or from two folders.
 
-The head of every image and mask is read when the data set is opened, so that a training does not end at one.
+The head of every image and mask is read when the data set is opened, so that no training fails at a bad one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from streamcnn.data.wrapping import is_integer
 from streamcnn.errors import DatasetMismatch, some
 
 _READERS = 8
-"""Files that are read at a time, to tell them from others."""
+"""Number of files read at a time for fingerprints."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +44,10 @@ class _Pair:
     mask: Path
     split: str
     others: tuple[tuple[Path, ...], tuple[Path, ...]]
-    """The further files of the image and of the mask, which may lie in several."""
+    """Further files of the image and of the mask, which may consist of several."""
 
     def identity(self) -> str:
-        """What tells the pair from another: its name, and the content of its files."""
+        """Identifies the pair: its name, and the content of its files."""
         files = zip((self.image, self.mask), self.others, strict=True)
         return " ".join((self.name, *(content_digest([path, *further]) for path, further in files)))
 
@@ -79,9 +79,9 @@ class MaskDataset(Dataset[tuple[ImageSource, ImageSource]]):
     Raises
     ------
     DatasetMismatch
-        If there are no such images, an image has no mask, or a mask is of another size than its image, has
-        several channels or no integers; if images differ in channels or types, or one is there in two splits
-        or two rows; or if some images lie in folders of splits and others do not.
+        If there are no such images, an image has no mask, or a mask has another size than its image, or
+        several channels, or no integers; if images differ in channels or dtypes, or one occurs in two
+        splits or two rows; or if only some images are in folders of splits.
     CorruptImage
         If a file cannot be opened, or a folder holds no image.
     """
@@ -141,7 +141,7 @@ class MaskDataset(Dataset[tuple[ImageSource, ImageSource]]):
 
     @property
     def fingerprint(self) -> str:
-        """What tells these images, their masks and augmentations from others: a text with a SHA-256.
+        """Identifies these images, their masks and their augmentations: a text with a SHA-256.
 
         Raises
         ------
@@ -151,30 +151,30 @@ class MaskDataset(Dataset[tuple[ImageSource, ImageSource]]):
         return f"{OF_CONTENT}{digest_of(self._identities(), self.augmentation, self._seed)}"
 
     def _identities(self) -> Iterator[str]:
-        # Beside one another: a disk or a file server answers some requests sooner than one by one.
+        # In parallel: a disk or a file server answers several requests sooner than one by one.
         with ThreadPoolExecutor(_READERS, thread_name_prefix="streamcnn-content") as readers:
             for identity in readers.map(_Pair.identity, self._pairs):
                 yield f"{identity} {dict(self.choice.made)}"
 
     def prefetch(self, position: int) -> None:
-        """Have the kernel read image and mask into its page cache; images that are folders are left alone."""
+        """Let the kernel read image and mask into its page cache; images that are folders are skipped."""
         pair = self._pairs[position]
         for path in (pair.image, pair.mask):
             if path.is_file():
                 will_need(path)
 
     def mask_values(self, position: int) -> Mapping[int, int]:
-        """The numbers of classes that a mask holds, and how many pixels each has; all of it is read.
+        """Count the pixels of each value in a mask, all of which is read.
 
         Raises
         ------
         CorruptImage
-            If it cannot be read.
+            If the mask cannot be read.
         """
         return values_of_file(self._pairs[position].mask, self._missing_chunks)
 
     def mask_name(self, position: int) -> str:
-        """Where a mask lies."""
+        """The path of a mask."""
         return str(self._pairs[position].mask)
 
 
@@ -251,12 +251,12 @@ def _of_table(path: Path) -> list[_Pair]:
 
 
 def _file_in_table(table: Path, text: str, line: int) -> Path:
-    """An image or a mask that a line of a table names.
+    """The path of an image or a mask that a line of a table names.
 
     Raises
     ------
     DatasetMismatch
-        If it is not there.
+        If there is no such file.
     """
     file = path_in_table(table, text, line)
     if not is_there(file) or not is_image(file):
@@ -267,12 +267,12 @@ def _file_in_table(table: Path, text: str, line: int) -> Path:
 
 
 def _check_mask(image: ImageSource, mask: ImageSource) -> None:
-    """Make sure that a mask is one of its image.
+    """Make sure that a mask fits its image.
 
     Raises
     ------
     DatasetMismatch
-        If not, naming both.
+        If it does not; the text names both.
     """
     found = f"mask {mask.name} of {image.name}"
     if mask.shape[1:] != image.shape[1:]:

@@ -1,4 +1,4 @@
-"""Which classes masks hold: all pixels are read, a part at a time."""
+"""The classes in masks, found by reading all pixels, a part at a time."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from streamcnn.data.sources.guard import MissingChunks
 from streamcnn.geometry.regions import Interval, Region
 
 _ROWS, _COLUMNS = 512, 2**15
-"""Pixels that are read at a time: whole tiles of most files."""
+"""Largest rows and columns that are read at a time: whole tiles of most files."""
 _SMALL_KINDS = ("uint8", "uint16")
-"""Types whose values are counted by a table of all of them."""
+"""Dtypes whose values are counted in a table of all values."""
 
 
 def values_of(mask: ImageSource) -> Counter[int]:
-    """How many pixels (1, H, W) of integers each value has.
+    """Count the pixels of each value in a mask (1, H, W) of integers.
 
     Raises
     ------
     CorruptImage
-        If they cannot be read.
+        If the pixels cannot be read.
     """
     found: Counter[int] = Counter()
     for region in _parts(mask):
@@ -49,12 +49,12 @@ def _parts(mask: ImageSource) -> Iterator[Region]:
 
 
 def values_of_file(path: Path, missing_chunks: MissingChunks = "some") -> Mapping[int, int]:
-    """`values_of` the mask in a file, opened so, which are kept until it is written again.
+    """`values_of` the mask in a file, cached until the file changes.
 
     Raises
     ------
     CorruptImage
-        If it cannot be read.
+        If the file cannot be read.
     """
     if path.is_dir():
         return MappingProxyType(values_of(open_image(path, missing_chunks=missing_chunks)))

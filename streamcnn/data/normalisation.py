@@ -1,4 +1,4 @@
-"""Pixels as the floats that a model takes."""
+"""Normalisation of pixels to the floats that a model takes."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ DIVISORS = ("range", "type")
 
 @dataclass(frozen=True, slots=True)
 class Normalise:
-    """Pixels of any type as float32, from which ``mean`` is taken and which are divided by ``std``.
+    """Pixels of any dtype as float32, minus ``mean``, divided by ``std``.
 
-    Integers are first divided by the largest number that they may be: as the image says, where it uses fewer
-    bits than its type has, else that of the type. Bool is 0 and 1. The defaults take bytes to -1 to 1, as in
-    the UltraMNIST paper.
+    Integers are first divided by their largest possible value: the image's, if it uses fewer bits than its
+    dtype has, else the dtype's. Bool counts as 0 and 1. The defaults map bytes to -1 to 1, as in the
+    UltraMNIST paper.
 
     Raises
     ------
     ValueError
-        If ``mean`` is not finite, ``std`` is not finite and positive, or there is no such divisor.
+        If ``mean`` is not finite, ``std`` is not finite and positive, or the divisor is unknown.
     """
 
     mean: float = 0.5
     std: float = 0.5
     divisor: str = "range"
-    """``"type"`` divides by the largest number of the type, whatever images say, as runs from before did."""
+    """``"type"`` divides by the dtype's largest value, whatever images say, as older runs did."""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.mean):
@@ -43,7 +43,7 @@ class Normalise:
             raise ValueError(f"divisor={self.divisor!r}: allowed are {' and '.join(DIVISORS)}")
 
     def __call__(self, tile: Tensor, *, largest: int | None = None) -> Tensor:
-        """A tile of the same shape; ``largest`` is what a pixel may be, None for what its type allows.
+        """Normalise a tile; ``largest`` is a pixel's largest possible value, None for that of its dtype.
 
         Raises
         ------
@@ -56,13 +56,13 @@ class Normalise:
                 f"the image has pixels of type {kind}: allowed are integers, floats and bool; store "
                 "magnitudes, or real and imaginary parts as channels"
             )
-        # In place on a copy: two more tiles would be held at a time.
+        # In place on a copy, as two more tiles would otherwise be held at a time.
         pixels = tile.to(torch.float32, copy=True)
         scale = self._scale(tile.dtype, largest)
         return pixels.sub_(self.mean * scale).div_(self.std * scale)
 
     def for_pixels_up_to(self, largest: int | None) -> Callable[[Tensor], Tensor]:
-        """The same for images whose pixels are at most ``largest``."""
+        """The normalisation for images whose pixels are at most ``largest``."""
         return functools.partial(self, largest=largest)
 
     def _scale(self, dtype: torch.dtype, largest: int | None) -> float:

@@ -1,4 +1,4 @@
-"""Regions of a batch of images, ready for the model: read, checked, preprocessed, on the device."""
+"""Reading of regions of a batch of images: read, checked, preprocessed and on the device."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from streamcnn.plan.reading import HELD, OPENING, READING
 from streamcnn.support.units import format_bytes
 
 _LARGE_SHARE = 8
-"""Reading is what a budget is too small for if it takes more than one byte in so many, whatever the tiles."""
+"""Reading is blamed for a budget that is too small if it takes more than one byte in so many."""
 
 _MOST_TRIED = 8
-"""Tiles of a pass by which it is seen whether ``preprocess`` is pointwise."""
+"""Number of tiles in a pass on which ``preprocess`` is tested for being pointwise."""
 
 Preprocess = Callable[[Tensor], Tensor]
 """A pointwise function of a tile (N, C, h, w) as stored, on the device, to the float tile for the model.
@@ -40,14 +40,14 @@ class BatchReader(SourceBatch):
     Attributes
     ----------
     shape
-        (N, C, H, W) as the model sees it, after ``preprocess``.
-    dtype
-        Floating-point type that the model sees.
+        (N, C, H, W) as the model gets it, after ``preprocess``.
+        dtype
+            Floating-point dtype that the model gets.
 
-    Raises
-    ------
-    DatasetMismatch
-        If the images are no batch of (N, C, H, W) maps, or would not be floating point.
+        Raises
+        ------
+        DatasetMismatch
+            If the images are not a batch (N, C, H, W), or not floating point after ``preprocess``.
     ValueError
         If ``preprocess`` changes its argument.
     """
@@ -60,12 +60,12 @@ class BatchReader(SourceBatch):
             preprocess = preprocess.for_pixels_up_to(self.sources[0].largest)
         self._preprocess = preprocess
         self._seen: tuple[int, int] | None = None
-        """The least and the largest value of the pixels that were prepared so far."""
+        """The smallest and the largest value of all pixels prepared so far."""
         self._sums: list[tuple[Region, Tensor]] = []
-        """Regions that were read, with the sums of their pixels, which are to be looked at."""
+        """Regions that were read, with the sums of their pixels, still to be checked."""
         self._num_tried = 0
         self._further: list[tuple[Region, Tensor]] = []
-        """Regions that were read, with whether their pixels depend on others, which is to be looked at."""
+        """Regions that were read, with whether their pixels depend on others, still to be checked."""
         self._settles_later = device.type == "cuda"
         stored = self._stored_shape()
         with torch.inference_mode(False):
@@ -86,7 +86,7 @@ class BatchReader(SourceBatch):
 
     @property
     def shared_tensors(self) -> list[Tensor]:
-        """The caller's tensors that pixels are read from."""
+        """The caller's own tensors from which pixels are read."""
         return super().shared_tensors if self._tensor is None else [self._tensor]
 
     def _stored_shape(self) -> tuple[int, int, int, int]:
@@ -127,19 +127,19 @@ class BatchReader(SourceBatch):
         return tile
 
     def read(self, region: Region) -> Tensor:
-        """The pixels of ``region``, (N, C, h, w), on the device; not to be written to.
+        """The pixels of ``region``, (N, C, h, w), on the device; read-only.
 
         Raises
         ------
         CorruptImage
-            If pixels cannot be read, or are NaN or infinite. That they are is told on a GPU by `settle`.
+            If pixels cannot be read, or are NaN or infinite, for which on a GPU `settle` raises.
         DatasetMismatch
-            If ``preprocess`` calculates with integers, and results do not fit their type; or if it gives a
-            pixel other values beside other pixels.
+            If ``preprocess`` computes with integers, and results overflow their dtype; or if its result for a
+            pixel depends on other pixels.
         """
         stored = self.read_stored(region)
         self._check_arithmetic(stored)
-        # Pixels as stored are the fewest bytes to copy to a GPU, and it converts them faster.
+        # Stored pixels are the fewest bytes to copy to a GPU, which also converts them faster.
         delivered = self.delivered(stored)
         tile = self._prepared(delivered)
         if self._settles_later:
@@ -150,16 +150,16 @@ class BatchReader(SourceBatch):
         return tile
 
     def settle(self) -> None:
-        """See that what was read on a GPU since this was called last can be used.
+        """Make the deferred checks of everything read to a GPU since the last call.
 
-        It waits for the GPU once, and once more as long as ``preprocess`` is tried.
+        It waits for the GPU once, and once more while ``preprocess`` is still being tested.
 
         Raises
         ------
         CorruptImage
-            If it holds NaN or infinite pixels.
+            If pixels are NaN or infinite.
         DatasetMismatch
-            If ``preprocess`` gives a pixel other values beside other pixels.
+            If the result of ``preprocess`` for a pixel depends on other pixels.
         """
         sums, self._sums = self._sums, []
         further, self._further = self._further, []
@@ -171,12 +171,12 @@ class BatchReader(SourceBatch):
             self._refuse_further(*further)
 
     def _require_finite(self, tile: Tensor, region: Region) -> None:
-        # One pass over the sum finds any NaN or infinity without a mask of the tile's size.
+        # The sum shows any NaN or infinity in one pass, without a mask of the tile's size.
         if not torch.isfinite(tile.sum()) and not torch.isfinite(tile).all():
             raise CorruptImage(self._describe_bad_pixel(tile, region))
 
     def _check_arithmetic(self, tile: Tensor) -> None:
-        """Refuse integer arithmetic that wraps for values such as the tile's, when there are new ones."""
+        """Refuse integer arithmetic that wraps around for the tile's range of values, if that has grown."""
         if self._preprocess is None or self._is_own or not is_integer(tile.dtype):
             return
         allowed = torch.iinfo(tile.dtype)
@@ -198,7 +198,7 @@ class BatchReader(SourceBatch):
             )
 
     def _check_pointwise(self, delivered: Tensor, tile: Tensor, region: Region) -> None:
-        """Refuse what depends on how the image is cut, by tiles that are not of one colour."""
+        """Refuse a ``preprocess`` that depends on the tiling, tested on tiles that are not of one colour."""
         if self._preprocess is None or self._is_own or self._num_tried == _MOST_TRIED:
             return
         pixels = some_pixels(delivered)
@@ -220,7 +220,7 @@ class BatchReader(SourceBatch):
         )
 
     def _describe_bad_pixel(self, tile: Tensor, region: Region) -> str:
-        """The first pixel of a tile (N, C, h, w) that is NaN or infinite, and whose it is."""
+        """A text on the first pixel of a tile (N, C, h, w) that is NaN or infinite, with its image."""
         at = next(at for at, image in enumerate(tile) if not torch.isfinite(image).all())
         first = int((~torch.isfinite(tile[at])).flatten().to(torch.uint8).argmax())
         channel, row, column = np.unravel_index(first, tuple(tile.shape[1:]))
@@ -234,7 +234,7 @@ class BatchReader(SourceBatch):
         )
 
     def read_stored(self, region: Region) -> Tensor:
-        """The pixels of ``region`` as they are stored; on the host, unless it is a tensor elsewhere."""
+        """The pixels of ``region`` as stored, on the CPU, unless the image is a tensor elsewhere."""
         if self._tensor is None:
             return super().read_stored(region)
         rows, cols = (slice(axis.start, axis.stop) for axis in region)
@@ -246,7 +246,7 @@ class BatchReader(SourceBatch):
         Raises
         ------
         PlanDoesNotFit
-            If it does not, and what reading takes whatever the tiles is the reason; the text names the file.
+            If it fails because of the bytes that reading takes with any tiles; the text names the file.
         """
         if plan.fits or not self.reading.costs:
             return

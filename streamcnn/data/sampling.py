@@ -1,6 +1,6 @@
-"""Which images, and in which order: divisions of a set, balanced subsets, a sampler that can be resumed.
+"""Selection and order of images: division of a set, balanced subsets, a resumable sampler.
 
-All are functions of a seed and of the labels, on any machine.
+All depend on a seed and the labels alone, and are the same on any machine.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch.utils.data import Sampler
 def divide(
     labels: Sequence[Hashable], *, share: float = 0.1, seed: int = 0
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Positions for training and for validation, every label divided in the same way.
+    """Divide positions into training and validation, with the same shares of every label.
 
     Parameters
     ----------
     labels
-        Of all images.
+        The labels of all images.
     share
-        Of the images that go to validation, as near as whole images of each label allow. A share above 0
-        gives one image at least, of the commonest label, if that label has another.
+        Share of the images for validation, as near as whole images of each label allow. A share above 0
+        gives at least one image, of the commonest label, if that label has another.
 
     Raises
     ------
     ValueError
-        If ``share`` is no share.
+        If ``share`` is not between 0 and 1.
     """
     if not 0 <= share < 1:
         raise ValueError(f"share={share}: allowed are 0 and more, and less than 1")
@@ -38,13 +38,13 @@ def divide(
     due = 0.0
     by_label = _by_label(labels)
     for label, positions in by_label.items():
-        # What rounding leaves over is passed on, so that labels with few images get their share in turn.
+        # Rounding remainders are carried on, so that labels with few images get their share in turn.
         due += share * len(positions)
         count = min(round(due), len(positions))
         due -= count
         validation += _shuffled(positions, _division_key(seed, label))[:count]
     if share > 0 and not validation:
-        # So few images that every share rounds to none: they could not be trained with at all.
+        # All labels' shares round to zero, which would leave no image for validation.
         commonest = max(by_label, key=lambda label: len(by_label[label]), default=None)
         if len(by_label.get(commonest, ())) > 1:
             validation = _shuffled(by_label[commonest], _division_key(seed, commonest))[:1]
@@ -58,7 +58,7 @@ def balanced_subset(labels: Sequence[Hashable], num_per_label: int, *, seed: int
     Raises
     ------
     ValueError
-        If a label has fewer.
+        If a label has fewer images.
     """
     chosen: list[int] = []
     for label, positions in _by_label(labels).items():
@@ -72,24 +72,24 @@ def balanced_subset(labels: Sequence[Hashable], num_per_label: int, *, seed: int
 
 
 class ResumableSampler(Sampler[int]):
-    """Positions of images in an order that is drawn anew each epoch, from where it was left.
+    """Positions of images in an order that is drawn anew each epoch; it can be resumed anywhere.
 
     Iterating gives the rest of the present epoch, then begins the next. ``state_dict`` may be taken at any
-    moment; it counts what has been handed out. The worker processes of a ``DataLoader`` are handed positions
-    long before their images are used, so only with ``num_workers=0`` is that what has been used.
+    time; it counts the positions handed out. The worker processes of a ``DataLoader`` get positions long
+    before their images are used, so only with ``num_workers=0`` are these the images used so far.
 
     Parameters
     ----------
     data
         Anything with a length.
     seed
-        Of the orders.
+        Seed of the orders.
     shuffle
-        False keeps the order of the data.
+        Whether to shuffle; False keeps the order of the data.
     labels
         If given, each epoch takes as many images of every label as the rarest label has.
     multiple
-        Of which an epoch has a number of images: the last ones of its order are left out.
+        An epoch has a multiple of this many images; the last ones of its order are left out.
     """
 
     def __init__(
@@ -113,16 +113,16 @@ class ResumableSampler(Sampler[int]):
         self._drawn: tuple[int, list[int]] | None = None
 
     def __len__(self) -> int:
-        """Images in a whole epoch."""
+        """Number of images in a whole epoch."""
         return self._drawn_length() // self._multiple * self._multiple
 
     @property
     def num_left_out(self) -> int:
-        """Images that an epoch's order has besides, which make up no ``multiple``."""
+        """Number of images at the end of an epoch's order that are left out because of ``multiple``."""
         return self._drawn_length() - len(self)
 
     def _drawn_length(self) -> int:
-        """Images in an epoch's order, those that are left out among them."""
+        """Number of images in an epoch's order, including those that are left out."""
         if self._labels is None:
             return self._length
         groups = _by_label(self._labels)
@@ -136,10 +136,10 @@ class ResumableSampler(Sampler[int]):
         self.position = 0
 
     def groups(self, size: int, announce: Callable[[int], None]) -> Iterator[list[int]]:
-        """The rest of the present epoch, ``size`` positions at a time, at its end those that are left.
+        """The rest of the present epoch, in groups of ``size`` positions; the last group may have fewer.
 
-        When positions are handed out, the sampler stands behind them. Each is announced as soon as the one
-        before it is taken.
+        When a group is handed out, the sampler's state is after it. Each position is announced as soon as the
+        one before it is taken.
         """
         epoch, positions = self.epoch, list[int]()
         for position in self:
@@ -153,7 +153,7 @@ class ResumableSampler(Sampler[int]):
         assert self.epoch == epoch + 1
 
     def upcoming(self) -> int | None:
-        """The position that is handed out next in this epoch; None at its end."""
+        """The next position in this epoch; None at its end."""
         present = self._present()
         return present[self.position] if self.position < len(present) else None
 
@@ -173,16 +173,16 @@ class ResumableSampler(Sampler[int]):
         return order[: len(self)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the sampler is, and of what."""
+        """The sampler's position, with its seed and length."""
         return {"length": self._length, "seed": self._seed, "epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another sampler was.
+        """Resume from another sampler's state.
 
         Raises
         ------
         ValueError
-            If that one had other data or another seed.
+            If that sampler had other data or another seed.
         """
         mine = self.state_dict()
         for key in ("length", "seed"):
@@ -195,7 +195,7 @@ class ResumableSampler(Sampler[int]):
 
 
 def _by_label(labels: Sequence[Hashable]) -> dict[Hashable, list[int]]:
-    """Positions by label, labels in the order in which they come."""
+    """Positions by label, with labels in order of first appearance."""
     positions: defaultdict[Hashable, list[int]] = defaultdict(list)
     for position, label in enumerate(labels):
         positions[label].append(position)
@@ -207,11 +207,11 @@ def _division_key(seed: int, label: Hashable) -> str:
 
 
 def _shuffled(positions: Sequence[int], key: str) -> list[int]:
-    """``positions`` in an order that ``key`` decides, by raw words of a generator: they never change."""
+    """``positions`` shuffled by ``key``, from raw words of a generator, which no version of it changes."""
     words = np.random.Philox(seed_of(key)).random_raw(max(1, len(positions)))
     return [positions[at] for at in np.argsort(words[: len(positions)], kind="stable")]
 
 
 def seed_of(key: str) -> int:
-    """A seed of 128 bits, the same for the same text on every machine."""
+    """A seed of 128 bits, derived from a text in the same way on every machine."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little")

@@ -1,6 +1,6 @@
-"""Which files are one scan: a DICOM series, an OME-TIFF of several files, a folder of bioformats2raw.
+"""Files that are one scan: a DICOM series, an OME-TIFF of several files, a folder of bioformats2raw.
 
-`companions` knows what lies beside an image; here several files, each of which could be opened, are one.
+`companions` handles files beside an image; here several files, each of which could be opened, are one image.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from streamcnn.support.documents import read_regular
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _LAYOUT = "bioformats2raw.layout"
 _NO_SCAN = re.compile(r"\b(label|macro|thumbnail|overview|barcode)( image)?( \d+)?\W*$", re.IGNORECASE)
-"""What Bio-Formats calls the pictures of a slide's label and of the whole glass."""
+"""Names that Bio-Formats gives to pictures of a slide's label and of the whole glass."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """One image, in however many files."""
+    """One image, in one or several files."""
 
     path: Path
-    """What `open_image` takes."""
+    """The path for `open_image`."""
     shown: Path
-    """What it goes by: of a folder of several images that folder, else ``path``."""
+    """The path to show: for an image in a folder of several that folder, else ``path``."""
     key: str
-    """The same for all files of a scan, wherever they lie."""
+    """A key that is equal for all files of a scan, wherever they lie."""
     files: tuple[Path, ...]
-    """All files and folders that its pixels lie in."""
+    """All files and folders that hold its pixels."""
 
     def files_beside(self, file: Path) -> tuple[Path, ...]:
-        """All of them but one."""
+        """All files except ``file``."""
         return tuple(each for each in self.files if each != file)
 
 
 def one_of_each(paths: Sequence[Path]) -> list[Scan]:
-    """The scans of images that lie in one folder, in their order; a scan's first file stands for it.
+    """The scans of the images in one folder, in their order; a scan takes the place of its first file.
 
     Raises
     ------
@@ -62,14 +62,14 @@ def one_of_each(paths: Sequence[Path]) -> list[Scan]:
 
 
 def scan_of(path: Path) -> Scan:
-    """The scan that an image belongs to, as far as this file says it.
+    """The scan that an image belongs to, as far as this file tells.
 
     Raises
     ------
     DatasetMismatch
-        If it is an OME-TIFF of several files that cannot be read.
-    OSError
-        If it cannot be read.
+        If the image is an OME-TIFF of several files that is not supported.
+        OSError
+            If the file cannot be read.
     """
     if path.is_file():
         if path.suffix.lower() == ".dcm" and (series := series_uid(path)) is not None:
@@ -82,18 +82,18 @@ def scan_of(path: Path) -> Scan:
 
 
 def _place(path: Path) -> str:
-    """Where a file lies on its disk: the same for all links to it."""
+    """An identifier of a file on its disk, equal for all links to it."""
     found = path.stat()
     return f"{found.st_dev}:{found.st_ino}"
 
 
 def _files_of_ome(path: Path) -> tuple[Path, ...]:
-    """The files of an OME-TIFF in several files, the one to open first; none if it is another TIFF.
+    """The files of an OME-TIFF of several files, starting with the one to open; empty for other TIFFs.
 
     Raises
     ------
     DatasetMismatch
-        If it holds several images, or the description lies in a file that is no TIFF.
+        If it holds several images, or its description is in a file that is not a TIFF.
     """
     root = _ome_root(path)
     if root is None:
@@ -122,30 +122,30 @@ def _files_of_ome(path: Path) -> tuple[Path, ...]:
 
 
 def _files_of_image(root: ElementTree.Element, image: ElementTree.Element, main: Path) -> set[Path]:
-    """The files that an image's planes lie in."""
+    """The files that hold an image's planes."""
     found = set()
     for each in image.iter():
         if each.tag.endswith("UUID") and (name := each.get("FileName")):
-            # A file that was renamed names itself as it was called before.
+            # A renamed file still has its former name in its description.
             is_main = each.text is not None and each.text == root.get("UUID")
             found.add(main if is_main else main.with_name(Path(name).name))
     return found
 
 
 def _ome_root(path: Path) -> ElementTree.Element | None:
-    """An OME-TIFF's description; None for any other TIFF, and for damaged ones."""
+    """An OME-TIFF's description; None for other TIFFs, and for damaged ones."""
     try:
         with tiff_file(path) as file:
             text = file.ome_metadata
         return None if text is None else ElementTree.fromstring(text)
-    except Exception:  # a damaged file fails in as many ways as it has fields; opening it says how
+    except Exception:  # a damaged file may raise anything; opening it shows the fault
         return None
 
 
 def raw_image(folder: Path, series: int | None = None) -> Path | None:
-    """The image in a folder that bioformats2raw wrote, without those of the label and the glass.
+    """The image in a folder written by bioformats2raw, other than those of the label and the glass.
 
-    Returns None for any other folder, and the folder itself if a series of it is asked for.
+    Returns None for any other folder, and the folder itself if ``series`` is given.
 
     Raises
     ------
@@ -186,7 +186,7 @@ def _is_raw(folder: Path) -> bool:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A file's JSON object; an empty one where there is none, or it is damaged, as opening it will tell."""
+    """The JSON object in a file; empty if it is missing or damaged, which opening it will show."""
     try:
         return zarr_object(path)
     except (CorruptImage, FileNotFoundError, NotADirectoryError):
@@ -194,7 +194,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _series_names(path: Path) -> list[str]:
-    """The names of the images in bioformats2raw's copy of the OME-XML; none if it is not there."""
+    """The names of the images in bioformats2raw's copy of the OME-XML; empty if that is missing."""
     try:
         content = read_regular(path, error=CorruptImage, most_bytes=METADATA_BYTES)
         root = ElementTree.fromstring(content)

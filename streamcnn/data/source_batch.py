@@ -1,4 +1,4 @@
-"""A batch of image sources, read region by region as they are stored."""
+"""A batch of image sources, read region by region as stored."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from streamcnn.plan.reading import NO_READING, BatchCost
 
 
 class SourceBatch:
-    """Sources of one shape and dtype, one after the other or, for a GPU, beside one another.
+    """Sources of one shape and dtype, read one after the other or, for a GPU, in parallel.
 
     Parameters
     ----------
     sources
-        The images; none where a batch is a tensor.
+        The images; empty if the batch is a tensor.
     device
-        Where the pixels are delivered.
+        Device to which pixels are delivered.
 
     Attributes
     ----------
     sources
         The images of the batch.
     reading
-        What reading takes in host memory, if the budget is of that: on a GPU it is not.
-    keeps_last
-        Whether the region that was read last stays in host RAM.
+        Bytes that reading takes of a budget of host memory; nothing if the budget is a GPU's.
+        keeps_last
+            Whether the region that was read last stays in host RAM.
     """
 
     def __init__(self, sources: Sequence[ImageSource], device: torch.device) -> None:
@@ -52,20 +52,20 @@ class SourceBatch:
 
     @property
     def shared_tensors(self) -> list[Tensor]:
-        """The caller's tensors that pixels are read from."""
+        """The caller's own tensors from which pixels are read."""
         shared = (source.shared_tensor for source in self.sources)
         return [tensor for tensor in shared if tensor is not None]
 
     def samples(self) -> list[tuple[str, bytes]]:
-        """Names and some pixels of the caller's arrays that are read."""
+        """Names and some pixels of the caller's arrays among the sources."""
         found = ((source.name, source.sample) for source in self.sources)
         return [(name, sample) for name, sample in found if sample is not None]
 
     def read_stored(self, region: Region) -> Tensor:
-        """The pixels (N, C, h, w) of ``region`` as they are stored, on the host.
+        """The pixels (N, C, h, w) of ``region`` as stored, on the CPU.
 
-        For a GPU, which waits for them, images are read beside one another, and the region read last is kept
-        in host RAM: where tiles are large, the backward pass begins with what the forward pass ended with.
+        For a GPU, which waits for them, images are read in parallel, and the last region is kept in host RAM:
+        with large tiles, the backward pass begins with the region at which the forward pass ended.
         """
         if not self.keeps_last:
             return _batch([source.read(region) for source in self.sources])
@@ -76,26 +76,26 @@ class SourceBatch:
         return self._last[1]
 
     def delivered(self, stored: Tensor) -> Tensor:
-        """Pixels where the model wants them. From memory that is pinned first, the host does not wait."""
+        """Pixels on the model's device, copied through pinned memory, so that the host does not wait."""
         if self.device.type == "cuda" and stored.device.type == "cpu":
             stored = _pinned(stored)
         return stored.to(self.device, non_blocking=True)
 
     def settle(self) -> None:
-        """Look at what was read since this was called last, as far as that waits for the device."""
+        """Make deferred checks of everything read since the last call; stored values have none."""
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of decoded pixels that the images keep now: a part of what ``reading`` says is held."""
+        """Bytes of decoded pixels that the images keep now, which are included in ``reading``."""
         return sum(source.held_bytes for source in self._distinct())
 
     def start(self) -> None:
-        """Start the threads that read the images, whose stacks are no part of a budget."""
+        """Start the threads that read the images, before their stacks would count towards a budget."""
         for source in self._distinct():
             source.start()
 
     def open(self) -> None:
-        """Decode the images that are only decoded whole, one after the other, and keep them.
+        """Decode images that can only be decoded whole, one after the other, and keep them.
 
         Raises
         ------
@@ -106,22 +106,22 @@ class SourceBatch:
             source.read(Region(Interval(0, 1), Interval(0, 1)))
 
     def release(self, *, but: Iterable[ImageSource] = ()) -> None:
-        """Have the images let go of decoded pixels, except those that are in use elsewhere."""
+        """Release the images' decoded pixels, except those of images ``but``, in use elsewhere."""
         used = {id(source) for source in but}
         for source in self._distinct():
             if id(source) not in used:
                 source.release()
 
     def _distinct(self) -> Iterable[ImageSource]:
-        """Each source once: a batch may hold one twice."""
+        """Each source once, as a batch may hold one twice."""
         return {id(source): source for source in self.sources}.values()
 
 
 def _pinned(stored: Tensor) -> Tensor:
-    """A copy in pinned memory, without gaps; what is there already so is taken as it is.
+    """A dense copy in pinned memory; a tensor that is one already is returned as it is.
 
-    ``Tensor.pin_memory`` keeps strides: of a region cut out of an image it pins all from its first pixel to
-    its last, and from there to a GPU it goes by way of memory that is not pinned.
+    ``Tensor.pin_memory`` keeps strides: for a region of an image it would pin everything from its first pixel
+    to its last, and the copy to a GPU would go through memory that is not pinned.
     """
     if stored.is_pinned() and dense(stored) is stored:
         return stored
@@ -135,5 +135,5 @@ def _batch(tiles: list[Tensor]) -> Tensor:
 
 @functools.cache
 def _readers() -> ThreadPoolExecutor:
-    """The threads that read images for a GPU."""
+    """The pool of threads that read images for a GPU."""
     return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="streamcnn-reader")

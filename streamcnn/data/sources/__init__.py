@@ -1,4 +1,4 @@
-"""Images that are read region by region, one module per kind of storage."""
+"""Image sources, which are read region by region; one module for each kind of storage."""
 
 from __future__ import annotations
 

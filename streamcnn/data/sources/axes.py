@@ -1,4 +1,4 @@
-"""What the names of an array's axes mean: rows, columns, channels or something else.
+"""The meanings of the names of an array's axes: rows, columns, channels or something else.
 
 Names come from ``dimension_names`` of zarr v3, from xarray's ``_ARRAY_DIMENSIONS`` and from OME metadata.
 """
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# The first name of a meaning that an array has is the one that is meant: beside y, a height is an altitude.
+# If an array has several names of one meaning, the first here counts: beside y, a height is an altitude.
 _MEANINGS = {
     "Y": ("y", "row", "rows", "lat", "latitude", "northing", "line", "lines", "height", "h"),
     "X": ("x", "col", "cols", "column", "columns", "lon", "longitude", "easting", "width", "w"),
@@ -28,24 +28,24 @@ _SAYS_NOTHING = re.compile(r"(phony_)?(dim|axis|d)?_?\d*")
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """The axes of an array in its own order."""
+    """The names and meanings of an array's axes, in the array's order."""
 
     names: tuple[str, ...]
-    """As messages call them."""
+    """Names for messages."""
     letters: tuple[str, ...]
-    """``Y``, ``X`` or ``C`` where the name says so, otherwise the name."""
+    """``Y``, ``X`` or ``C`` if that is the name's meaning, otherwise the name."""
 
     def is_never_channels(self, position: int) -> bool:
-        """Whether the name says that the axis is time, depth or a place."""
+        """Whether the name means time, depth or a spatial axis."""
         return self.names[position].lower() in _NEVER_CHANNELS
 
     @classmethod
     def of_names(cls, names: Sequence[object], types: Sequence[str | None] = ()) -> Axes | None:
-        """What ``names`` say; None if they say nothing, as None and ``dim_0`` do.
+        """The axes by their names; None if the names have no meaning, like None and ``dim_0``.
 
         Parameters
         ----------
-        names : one per axis, None where it has none
+        names : one for each axis, or None
         types : OME's type of each axis, if it has one: channel, time or space
         """
         texts = ["" if name is None else str(name) for name in names]
@@ -60,7 +60,7 @@ class Axes:
 
 
 def array_axes(metadata: Any, attributes: Mapping[str, Any]) -> Axes | None:
-    """The axes that a zarr array names itself; None if it does not.
+    """The axes by the names in a zarr array's own metadata; None if it has none.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
-"""What an image source is, and what a fault in a file becomes.
+"""The base classes of image sources, and the conversion of faults in files to errors.
 
-An `ImageSource` says what an image is without reading it and reads any region of it. It neither
-converts nor normalises pixels; that is the model's ``preprocess``.
+An `ImageSource` knows an image's shape and dtype without reading pixels, and reads any region of it. It
+neither converts nor normalises pixels; that is the model's ``preprocess``.
 """
 
 from __future__ import annotations
@@ -36,12 +36,11 @@ class ImageSource(ABC):
     shape : tuple of three int
         Channels, height and width in pixels.
     dtype : torch.dtype
-        Type of the pixels as stored.
-    name : str
-        What messages call the image: its path, or what else it is.
-    largest : int or None
-        Largest number that a pixel may be, which is less than that of `dtype` where the file says that fewer
-        bits are used; None for floats.
+        Dtype of the pixels as stored. name : str
+            Name of the image in messages, such as its path.
+        largest : int or None
+            Largest possible value of a pixel, which is below that of `dtype` if the file uses fewer bits;
+            None for floats.
     """
 
     shape: tuple[int, int, int]
@@ -71,19 +70,19 @@ class ImageSource(ABC):
 
     @property
     def placement(self) -> Placement:
-        """The size and place of its pixels in the world, as far as its file says them."""
+        """Size and place of the pixels in the world, as far as the file has them."""
         return Placement(self.shape[1:])
 
     @property
     def shared_tensor(self) -> Tensor | None:
-        """The caller's own tensor that the pixels are read from, which may be changed; None for others."""
+        """The caller's own tensor from which pixels are read, which the caller may change; else None."""
         return None
 
     @property
     def sample(self) -> bytes | None:
-        """Some pixels of the caller's own array, by which another image in its place is told; None of others.
+        """Some pixels of the caller's own array, which show whether it holds another image; else None.
 
-        A change of a few pixels may go unnoticed: an array, unlike a tensor, keeps no count of its changes.
+        A change of a few pixels may go unnoticed, as an array, unlike a tensor, has no version counter.
         """
         return None
 
@@ -91,12 +90,12 @@ class ImageSource(ABC):
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of decoded pixels that the source keeps in memory now, the caller's own left out."""
+        """Bytes of decoded pixels that the source keeps in memory now, without the caller's own."""
         return 0
 
     @property
     def pieces(self) -> str:
-        """How messages name the parts that are decoded whole, such as "zarr chunks of 3 x 512 x 512"."""
+        """Text on the pieces that are decoded whole, such as "zarr chunks of 3 x 512 x 512"."""
         return f"pixels in a {type(self).__name__}"
 
     @final
@@ -111,16 +110,16 @@ class ImageSource(ABC):
 
     @property
     def reading_cost(self) -> ReadingCost:
-        """`reading_bytes` for regions of any size, and what the first read takes on top."""
+        """`reading_bytes` for regions of any size, and the additional bytes of the first read."""
         channels, height, width = self.shape
         return ReadingCost((height, width), pixel=channels * self.dtype.itemsize)
 
     def start(self) -> None:
-        """Start the threads that read the image, if it has any, so that no limit on memory counts them."""
+        """Start the threads that read the image, if any, before a limit on memory would count them."""
         return
 
     def release(self) -> None:
-        """Let go of the pixels that `held_bytes` counts; the next read decodes them again."""
+        """Release the pixels that `held_bytes` counts; the next read decodes them again."""
         return
 
     @final
@@ -135,7 +134,7 @@ class ImageSource(ABC):
         Raises
         ------
         ValueError
-            If the region goes beyond the image.
+            If the region is not inside the image.
         CorruptImage
             If the pixels cannot be read or decoded.
         """
@@ -153,13 +152,13 @@ class ImageSource(ABC):
 
     @abstractmethod
     def _read(self, region: Region) -> Tensor:
-        """The pixels of a region that is known to lie inside the image."""
+        """The pixels of a region, which lies inside the image."""
 
 
 class FileSource(ImageSource):
-    """An image in a file, a folder or an array; whatever fails in reading it is one `CorruptImage`.
+    """An image in a file, a folder or an array; any failure to read it becomes a `CorruptImage`.
 
-    Subclasses implement `_load` and need not know about empty regions, byte order or messages.
+    Subclasses implement `_load`, and need not handle empty regions, byte order or messages.
     """
 
     @final
@@ -170,7 +169,7 @@ class FileSource(ImageSource):
             pixels = self._load(region)
         except (MemoryError, MissingExtra):
             raise
-        except Exception as error:  # each codec fails with errors of its own
+        except Exception as error:  # each codec raises errors of its own
             rows, cols = region
             raise CorruptImage(
                 f"cannot read rows {rows.start}..{rows.stop}, cols {cols.start}..{cols.stop} of "
@@ -180,7 +179,7 @@ class FileSource(ImageSource):
 
     @abstractmethod
     def _load(self, region: Region) -> NDArray[Any]:
-        """The pixels ``(C, h, w)`` of a region that holds some, in any memory order and byte order."""
+        """The pixels ``(C, h, w)`` of a region that is not empty, in any memory order and byte order."""
 
 
 _HOW_TO_WRAP = (
@@ -191,16 +190,16 @@ _HOW_TO_WRAP = (
 
 
 def as_sources(image: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
-    """The images of a batch as a list, where all have one shape and dtype.
+    """The images of a batch as a list; all have to have one shape and dtype.
 
     Raises
     ------
     DatasetMismatch
         If there is no image, or one differs from the first.
     TypeError
-        If it is no sequence, or something in it is no `ImageSource`.
+        If ``image`` is not a sequence, or an item is not an `ImageSource`.
     """
-    # Of these a list would take the keys, the letters or the rows.
+    # A list of these would have the keys, the letters or the rows.
     has_parts = isinstance(image, (Mapping, str, bytes)) or hasattr(image, "__array__")
     if not isinstance(image, ImageSource) and (has_parts or not isinstance(image, Iterable)):
         raise TypeError(
@@ -232,14 +231,14 @@ def as_sources(image: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
 
 
 def largest_of(dtype: torch.dtype) -> int | None:
-    """The largest number of a type of pixels; None for floats."""
+    """The largest value of a dtype of pixels; None for floats."""
     if dtype == torch.bool:
         return 1
     return None if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype).max
 
 
 def _with_advice(error: Exception) -> str:
-    if isinstance(error, StreamError):  # ours say what to do
+    if isinstance(error, StreamError):  # our errors say what to do
         return str(error)
     if (why := trouble(error)) is not None:
         return why

@@ -1,4 +1,4 @@
-"""Which of the images in a file is read, in which resolution, and where its channels are: one value."""
+"""The choice of an image within a file, its resolution, and the place of its channels, as one value."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class ImageChoice:
-    """What decides which picture a file is read as, beside the file itself.
+    """How to read a file: which image, resolution and axis of channels.
 
-    A choice that does not apply to a file is refused when the file is opened, by name.
+    A choice that does not apply to a file is refused when the file is opened; the error names it.
 
     Raises
     ------
     ValueError
-        If a number is no whole number from 0 on.
+        If a number is negative, or not an integer.
     """
 
     series: int | None = None
@@ -36,7 +36,7 @@ class ImageChoice:
 
     @property
     def made(self) -> Mapping[str, Any]:
-        """What differs from the default, by name."""
+        """The values that differ from the default, by name."""
         default = ImageChoice()
         return {
             each.name: getattr(self, each.name)
@@ -45,9 +45,9 @@ class ImageChoice:
         }
 
     def __str__(self) -> str:
-        """As messages say it: ``series=1, level=2``, or ``the default``."""
+        """Text for messages: ``series=1, level=2``, or ``the default``."""
         return ", ".join(f"{name}={value}" for name, value in self.made.items()) or "the default"
 
 
 DEFAULT_CHOICE = ImageChoice()
-"""Full resolution of what the file says is its image."""
+"""Full resolution of the file's main image."""

@@ -1,4 +1,4 @@
-"""Decoded chunks that are kept because a read takes only a part of each.
+"""A cache of decoded chunks, for reads that need only a part of each chunk.
 
 An image of one chunk, or of a few large ones, would otherwise be decoded again for every tile.
 """
@@ -20,20 +20,20 @@ from streamcnn.data.sources.files import ProcessLock
 from streamcnn.support.text import printable
 
 CACHE_BYTES = 2**26
-"""Most bytes of decoded chunks that a source keeps unless the caller allows more."""
+"""Default limit on the bytes of decoded chunks that a source keeps."""
 
 _LEAST_BYTES = 2**22
-"""Of a chunk, to be kept: smaller ones are decoded again in little time, and plans count what is kept."""
+"""Smallest chunk in bytes to be kept: smaller ones decode quickly, and plans count kept bytes."""
 
 Window = tuple[slice | int, ...]
 
 
 class ChunkCache:
-    """The chunks that were used last, of no more than ``limit`` bytes.
+    """The most recently used chunks, up to ``limit`` bytes.
 
-    Chunks of 4 MiB and more are kept where they are larger than what is read of them; others are read as if
-    there were no cache. A chunk that is larger than ``limit`` is not kept. Several threads may read at once;
-    of a chunk that two of them need, one waits for the other.
+    Chunks of 4 MiB and more are kept if they are larger than the part that is read; others bypass the cache,
+    and so do chunks larger than ``limit``. Several threads may read at once; if two need the same chunk, one
+    waits for the other.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ class ChunkCache:
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of a decoded chunk, of the part that lies inside of the array."""
+        """Bytes of a decoded chunk, or of the part of it inside the array."""
         return self._chunk_bytes
 
     def held_bytes(self) -> int:
@@ -64,19 +64,19 @@ class ChunkCache:
             return sum(chunk.nbytes for chunk in self._kept.values())
 
     def clear(self) -> None:
-        """Let go of all chunks."""
+        """Release all chunks."""
         with self._lock:
             self._kept.clear()
 
     def most_bytes(self) -> int:
-        """Bytes that may come to be kept."""
+        """Largest number of bytes that may be kept."""
         if not self._keeps:
             return 0
         num_chunks = math.prod(math.ceil(n / size) for n, size in zip(self._shape, self._chunk, strict=True))
         return min(num_chunks, self._limit // max(1, self._chunk_bytes)) * self._chunk_bytes
 
     def read(self, window: Window, decode: Callable[[Window], NDArray[Any]]) -> NDArray[Any]:
-        """The pixels of ``window``, which ``decode`` gives for any."""
+        """The pixels of ``window``; ``decode`` decodes those of any window."""
         spans = [span(part, extent) for part, extent in zip(window, self._shape, strict=True)]
         wanted = math.prod(stop - start for start, stop in spans)
         if not self._keeps or math.prod(map(min, self._chunk, self._shape)) <= wanted:
@@ -127,7 +127,7 @@ class ChunkCache:
             self._kept[place] = chunk
 
     def warn_if_too_small(self, name: str, what: str) -> None:
-        """Warn that a chunk will be decoded for every tile if it is larger than what is kept."""
+        """Warn if a chunk is larger than the limit, as it will be decoded for every tile."""
         if self._chunk_bytes > self._limit:
             warnings.warn(
                 f"{printable(name)} has {what} of {self._chunk_bytes} bytes, of which {self._limit} are kept "
@@ -138,5 +138,5 @@ class ChunkCache:
 
 
 def span(part: slice | int, extent: int) -> tuple[int, int]:
-    """First index, and the one after the last, of what a window takes of an axis."""
+    """The first index of a window along an axis, and the one after the last."""
     return part.indices(extent)[:2] if isinstance(part, slice) else (part, part + 1)

@@ -1,7 +1,7 @@
-"""Under which names an array's chunks lie, where its metadata does not say so or is wrong.
+"""The names of an array's chunks, where metadata is missing or wrong.
 
-Zarr v2 knows of nested chunks, ``0/1/2``, only by a key that older writers left out. An array that is then
-looked for under ``0.1.2`` is all fill value.
+Zarr v2 marks nested chunks, ``0/1/2``, by a key that older writers left out. Such an array, looked up under
+``0.1.2``, would read as fill value everywhere.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ _ENCODINGS: tuple[ChunkKeyEncoding, ...] = (
     V2ChunkKeyEncoding(separator="."),
 )
 _NUM_PROBED = 27
-"""Chunks that are asked for where a place cannot be listed."""
+"""Number of chunks that are requested if a place cannot be listed."""
 
 ZarrArray = zarr.Array[Any]
 
 
 def with_present_chunks(name: str, array: ZarrArray, *, may_be_empty: bool) -> ZarrArray:
-    """The array, with the names under which its chunks are there.
+    """The array, with the chunk names under which its chunks exist.
 
-    Names that the metadata gives come first. Where a place cannot be listed, as by HTTP, some chunks are
-    asked for, and an array of many chunks is not refused.
+    The metadata's names are tried first. If a place cannot be listed, as over HTTP, some chunks are
+    requested, and an array of many chunks is not refused.
 
     Raises
     ------
     CorruptImage
-        If none of its chunks is there under any name, unless it ``may_be_empty``.
+        If no chunk exists under any name, unless the array ``may_be_empty``.
     """
     own = _own_encoding(array)
     if own is None or 0 in array.shape:
@@ -64,7 +64,7 @@ def with_present_chunks(name: str, array: ZarrArray, *, may_be_empty: bool) -> Z
 
 
 def _own_encoding(array: ZarrArray) -> ChunkKeyEncoding | None:
-    """How the metadata names chunks; None if that is not known here."""
+    """The metadata's encoding of chunk names; None if it is not known here."""
     metadata = array.metadata
     if isinstance(metadata, ArrayV2Metadata):
         return V2ChunkKeyEncoding(separator=metadata.dimension_separator)
@@ -82,7 +82,7 @@ def _renamed(array: ZarrArray, encoding: ChunkKeyEncoding) -> ZarrArray:
 
 
 def _grid(array: ZarrArray) -> tuple[int, ...]:
-    """How many chunks, or shards, there are along each axis."""
+    """Number of chunks, or shards, along each axis."""
     stored = array.shards or array.chunks
     return tuple(-(-extent // size) for extent, size in zip(array.shape, stored, strict=True))
 
@@ -94,7 +94,7 @@ def _key(array: ZarrArray, encoding: ChunkKeyEncoding) -> str:
 async def _listed(
     array: ZarrArray, encodings: list[ChunkKeyEncoding]
 ) -> tuple[ChunkKeyEncoding | None, bool]:
-    """The first of ``encodings`` by which a chunk is named, and that this is certain."""
+    """The first of ``encodings`` that a listed chunk matches, and whether the answer is certain."""
     patterns = [_pattern(array, encoding) for encoding in encodings]
     prefix = f"{array.path}/" if array.path else ""
     found: set[int] = set()
@@ -122,7 +122,7 @@ def _is_chunk(array: ZarrArray, match: re.Match[str] | None) -> bool:
 async def _probed(
     array: ZarrArray, encodings: list[ChunkKeyEncoding]
 ) -> tuple[ChunkKeyEncoding | None, bool]:
-    """The first of ``encodings`` under which a chunk is found, and whether all were asked for."""
+    """The first of ``encodings`` under which a chunk exists, and whether all chunks were requested."""
     spread = [sorted({0, count // 2, count - 1}) for count in _grid(array)]
     places = list(itertools.islice(itertools.product(*spread), _NUM_PROBED))
     prefix = f"{array.path}/" if array.path else ""

@@ -1,4 +1,4 @@
-"""What reading regions of images in chunks, tiles and strips takes in memory."""
+"""Memory that reading regions takes for images in chunks, tiles and strips."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from streamcnn.data.sources.layout import Layout
 from streamcnn.plan.reading import ReadingCost
 
 REGION_COPIES = 2
-"""What is cut out of the chunks, and the tensor: another copy where its axes are in another order."""
+"""The crop of the chunks, and the tensor, which is another copy if its axes are in another order."""
 
 
 def chunked_cost(
@@ -30,14 +30,14 @@ def chunked_cost(
     shape, chunks
         Extents of the array and of its chunks, in the order of ``layout``.
     copies
-        How often a chunk is in memory while it is decoded, its encoded bytes included.
+        Number of copies of a chunk in memory while it is decoded, including its encoded bytes.
     at_once
-        Chunks that are decoded at a time, at most; None for all that a region touches.
+        Largest number of chunks that are decoded at a time; None for all that a region touches.
     """
     places = {axis: position for position, axis in enumerate(layout.axes) if axis in "YX"}
     rows, cols = places["Y"], places["X"]
     channels, height, width = layout.image_shape(tuple(shape))
-    # Axes without a letter have extent 1, so chunks lie behind one another along the channels alone.
+    # Axes without a letter have extent 1, so several chunks in depth are those of channels alone.
     depth = next(
         (chunk for chunk, axis in zip(chunks, layout.axes, strict=True) if axis == "C"), max(channels, 1)
     )

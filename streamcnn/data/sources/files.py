@@ -1,4 +1,4 @@
-"""Files that stay open, change, fork with their process, or cannot be opened at all."""
+"""Helpers for files: across forks, changes while open, and failures to open."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from streamcnn.errors import CorruptImage, DatasetMismatch, StreamError
 from streamcnn.support.text import without_secrets
 
 MAX_PIXELS = 100_000_000
-"""Largest image, in pixels, that is decoded whole unless the caller allows more."""
+"""Default limit, in pixels, for images that are decoded whole."""
 MAX_VALUES_PER_PIXEL = 4
-"""Most channels of such an image of the largest size; with more channels, so many fewer pixels."""
+"""Largest number of channels at this limit; with more channels, fewer pixels are allowed."""
 _LARGEST_IMAGE = 10**12
 _MOST_CHANNELS = 2**16
 _MOST_TEXT = 500
@@ -35,7 +35,7 @@ _ENDLESS = {
 
 
 class ProcessLock:
-    """A lock that a forked child finds free, whichever thread of the parent held it then."""
+    """A lock that is free in a forked child, whichever of the parent's threads held it."""
 
     def __init__(self) -> None:
         self._locks: dict[int, threading.Lock] = {}
@@ -48,10 +48,10 @@ class ProcessLock:
 
 
 class PerProcess(Generic[T]):
-    """What ``make`` returns, made anew in every process that asks for it.
+    """The result of ``make``, computed anew in every process that uses it.
 
-    A forked child shares the parent's open files, and with them the positions in them, and a decoder
-    as the parent's threads left it at that moment. It must use neither, nor close them.
+    A forked child shares the parent's open files, with their positions, and decoders in the state in which
+    the parent's threads left them. It must neither use nor close them.
     """
 
     def __init__(self, make: Callable[[], T]) -> None:
@@ -60,7 +60,7 @@ class PerProcess(Generic[T]):
         self._lock = ProcessLock()
 
     def get(self) -> T:
-        """This process's own."""
+        """This process's own value."""
         with self._lock:
             process = os.getpid()
             if process not in self._made:
@@ -68,14 +68,14 @@ class PerProcess(Generic[T]):
             return self._made[process]
 
     def forget(self) -> None:
-        """Let this process make another one when it asks next."""
+        """Drop this process's value; the next :meth:`get` makes another one."""
         with self._lock:
             self._made.pop(os.getpid(), None)
 
 
 @dataclass(frozen=True, slots=True)
 class FileStamp:
-    """A file as it was when it was opened: its size in bytes and when it was last written to."""
+    """The state of a file when it was opened: its size in bytes and its modification time."""
 
     path: str
     size: int
@@ -83,7 +83,7 @@ class FileStamp:
 
     @classmethod
     def of(cls, path: str | Path) -> FileStamp:
-        """The file as it is now.
+        """The present state of a file.
 
         Raises
         ------
@@ -94,9 +94,9 @@ class FileStamp:
         return cls(str(path), found.st_size, found.st_mtime_ns)
 
     def check(self) -> None:
-        """Raise `CorruptImage` if the file is another one by now.
+        """Raise `CorruptImage` if the file has changed since.
 
-        What is known about it, such as where its tiles lie, would then give wrong pixels.
+        What is known of it, such as its tiles' offsets, would then give wrong pixels.
         """
         try:
             now = FileStamp.of(self.path)
@@ -111,7 +111,7 @@ class FileStamp:
 
 @contextmanager
 def comparing() -> Iterator[None]:
-    """Turn what the system says of files whose bytes are compared into a `CorruptImage`."""
+    """Turn errors of the system in comparing files' bytes into `CorruptImage`."""
     try:
         yield
     except CorruptImage:
@@ -123,7 +123,7 @@ def comparing() -> Iterator[None]:
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is something at a path that a file names, which may be no path at all."""
+    """Whether something is at a path named in a file, which may not even be a valid path."""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -131,14 +131,14 @@ def is_there(path: Path) -> bool:
 
 
 def regular(path: str | Path) -> os.stat_result:
-    """What is at a path, if reading it cannot block or go on without end.
+    """The status of a path, if reading it cannot block or continue forever.
 
     Raises
     ------
     CorruptImage
         If it is a pipe, a socket or a device.
     OSError
-        If there is nothing, or it may not be looked at.
+        If there is nothing, or access is denied.
     """
     found = os.stat(path)
     for is_one, kind in _ENDLESS.items():
@@ -151,16 +151,16 @@ def regular(path: str | Path) -> os.stat_result:
 
 @contextmanager
 def opening(name: str, what: str) -> Iterator[None]:
-    """Turn whatever fails inside into one `CorruptImage` which says that ``name`` is no ``what``.
+    """Turn any error in the block into a `CorruptImage` which says that ``name`` is no ``what``.
 
-    Of a URL, neither the text nor what a traceback shows of its cause has credentials in it.
+    For URLs, neither the text nor the cause in a traceback contains credentials.
     """
     shown = without_secrets(name)
     try:
         yield
     except (StreamError, MemoryError):
         raise
-    except Exception as error:  # damaged metadata fails in as many ways as there are fields
+    except Exception as error:  # damaged metadata may raise anything
         cause = None if "://" in name else error
         if (why := trouble(error)) is not None:
             raise CorruptImage(f"cannot read {shown}: {why}") from cause
@@ -177,7 +177,7 @@ def opening(name: str, what: str) -> Iterator[None]:
 
 
 def check_shape(name: str, shape: tuple[int, int, int]) -> None:
-    """Raise `DatasetMismatch` if no image has so many channels, rows and columns, or has none."""
+    """Raise `DatasetMismatch` if an image's extents are impossibly large, or zero."""
     channels, height, width = shape
     if 0 in shape:
         raise DatasetMismatch(
@@ -195,10 +195,10 @@ def check_piece(name: str, what: str, size: tuple[int, int], channels: int, max_
 
     Parameters
     ----------
-    what : what the pieces are called, as in ``chunks``
-    size : height and width of one
-    channels : values of one pixel that are decoded with it, time and depth among them
-    max_pixels : most pixels; pixels of more than four values count for more
+    what : name of the pieces, such as ``chunks``
+    size : height and width of a piece
+    channels : number of values decoded for each pixel, including time and depth
+    max_pixels : largest number of pixels; pixels of more than four values count as more
     """
     height, width = size
     if height * width * max(MAX_VALUES_PER_PIXEL, channels) > max_pixels * MAX_VALUES_PER_PIXEL:
@@ -210,13 +210,13 @@ def check_piece(name: str, what: str, size: tuple[int, int], channels: int, max_
 
 
 def reason(error: Exception) -> str:
-    """The error's text, after its type where the text alone says little."""
+    """The error's text, after its type if the text alone says little."""
     if isinstance(error, ArithmeticError | AssertionError | AttributeError | LookupError | TypeError):
         return f"{type(error).__name__}: {shortened(error)}"
     return shortened(error).rstrip(".") or type(error).__name__
 
 
 def shortened(error: Exception) -> str:
-    """The first 500 characters of an error's text, in which there may be all of a file's metadata."""
+    """The first 500 characters of an error's text, which may contain all of a file's metadata."""
     text = without_secrets(str(error))
     return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}…"

@@ -1,10 +1,10 @@
-"""A zarr store that raises where zarr would take damage for an area that was never written.
+"""A zarr store that raises where zarr would mistake damage for an area that was never written.
 
-Zarr answers what is not there with the array's fill value: a chunk that was never written, and alike one
-that was lost, a shard file of no bytes, and an inner chunk that would lie beyond the end of its shard.
-Looked at through `GuardedStore`, the last two are always errors, and so is everything once the whole
-array is gone; with ``missing="error"`` the first two are errors too. Nothing is read for it that zarr does
-not read. What is larger than a chunk can be, as stored or decoded, is an error before it is read.
+Zarr reads missing data as the array's fill value: a chunk that was never written, but also one that was lost,
+an empty shard file, and an inner chunk beyond the end of its shard. Through `GuardedStore`, the last two are
+always errors, and so is any read once the whole array is gone. With ``missing="error"``, missing chunks are
+errors too. This reads nothing that zarr does not read. A chunk that is larger than possible, as stored or
+decoded, is an error before it is read.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Coordinates = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class ShardIndex:
-    """Where a shard keeps the places of its inner chunks, and how it writes them."""
+    """The location and encoding of a shard's index of inner chunks."""
 
     chunks_per_shard: tuple[int, ...]
     nbytes: int
@@ -48,11 +48,11 @@ class ShardIndex:
     dtype: np.dtype[np.uint64]
 
     def is_in(self, byte_range: ByteRequest | None) -> bool:
-        """Whether what zarr asks a shard for holds the index."""
+        """Whether a byte range that zarr requests from a shard holds the index."""
         return not isinstance(byte_range, RangeByteRequest) or (self.at_start and byte_range.start == 0)
 
     def empty_chunks(self, read: NDArray[np.uint8]) -> frozenset[Coordinates]:
-        """Inner chunks that were never written, of what was read: the index, or the shard with it."""
+        """The inner chunks that were never written, from the bytes read: the index, or the whole shard."""
         index = read[: self.nbytes] if self.at_start else read[-self.nbytes :]
         places = index[: 16 * math.prod(self.chunks_per_shard)].tobytes()
         entries = np.frombuffer(places, self.dtype).reshape(*self.chunks_per_shard, 2)
@@ -62,16 +62,16 @@ class ShardIndex:
 
 @dataclass(frozen=True, slots=True)
 class StoredBytes:
-    """Most bytes that chunks can take as they are stored."""
+    """Largest numbers of bytes that chunks can take as stored."""
 
     file: int
-    """Of a chunk, or of a shard."""
+    """For the file of a chunk or a shard."""
     range: int
-    """Of a shard's index, and of a chunk inside of a shard."""
+    """For a range within a shard: its index, or an inner chunk."""
 
     @classmethod
     def of(cls, name: str, array: ZarrArray) -> StoredBytes:
-        """What the chunks and shards of an array can take.
+        """The limits for the chunks and shards of an array.
 
         Raises
         ------
@@ -93,7 +93,7 @@ class StoredBytes:
 
 
 class GuardedStore(WrapperStore[Store]):
-    """A store of one array that refuses what is cut short or gone."""
+    """A store of one array that raises for truncated and missing data."""
 
     def __init__(
         self,
@@ -124,8 +124,8 @@ class GuardedStore(WrapperStore[Store]):
         Raises
         ------
         CorruptImage
-            If they are fewer than were asked for, more than they can be, no file, or missing where they
-            must not be.
+            If there are fewer than requested, or more than possible, ``key`` is not a file, or it is missing
+            and must not be.
         """
         if isinstance(byte_range, RangeByteRequest):
             self._check_range(key, byte_range)
@@ -171,19 +171,19 @@ class GuardedStore(WrapperStore[Store]):
 
 
 def guarded(name: str, array: ZarrArray, missing: MissingChunks) -> tuple[ZarrArray, GuardedStore]:
-    """The same array, read through a guarded store, and that store.
+    """The array, read through a guarded store, and that store.
 
     Raises
     ------
     DatasetMismatch
-        If inner chunks must be there and the array's shards do not let themselves be looked into, or
-        chunks are such as must not be read.
+        If inner chunks must not be missing and the array's shards cannot be inspected, or its chunks
+        must not be read.
     """
     metadata = "zarr.json" if array.metadata.zarr_format == 3 else ".zarray"
     key = f"{array.path}/{metadata}" if array.path else metadata
     index = _shard_index(name, array) if missing == "error" else None
     store = GuardedStore(array.store, key, missing, index, StoredBytes.of(name, array))
-    # Its metadata is known: opening it by zarr would read it again, in as long as a small image takes.
+    # Its metadata is known; opening it with zarr would read it again, which takes as long as a small image.
     decoded: Any = bounded(name, array.metadata)
     return zarr.Array(zarr.AsyncArray(decoded, StorePath(store, array.path))), store
 
@@ -216,7 +216,7 @@ def _shard_index(name: str, array: ZarrArray) -> ShardIndex | None:
 
 
 def _least(byte_range: ByteRequest | None) -> int:
-    """How many bytes a chunk must give when it is asked for these."""
+    """Least number of bytes that a request for this range must return."""
     if isinstance(byte_range, RangeByteRequest):
         return byte_range.end - byte_range.start
     return byte_range.suffix if isinstance(byte_range, SuffixByteRequest) else 1

@@ -1,7 +1,7 @@
-"""Decoders of zarr chunks that stop where a chunk is full.
+"""Decoders of zarr chunks that stop at a chunk's size.
 
-Nine kilobytes can inflate to gigabytes. What a compressed chunk announces is compared with the place that
-its array has for it before a byte is decoded; formats that announce nothing are decoded piece by piece.
+Nine kilobytes can inflate to gigabytes. The size that a compressed chunk announces is compared with its size
+in the array before a byte is decoded; formats that announce none are decoded piece by piece.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from zarr.core.metadata import ArrayV2Metadata, ArrayV3Metadata
 from streamcnn.errors import CorruptImage, DatasetMismatch
 
 SLACK_BYTES = 2**16
-"""What headers, checksums and the index of a small shard may take beside the pixels."""
+"""Bytes allowed for headers, checksums and a small shard's index, besides the pixels."""
 _WIDEST_FILTER = 8
-"""Times by which a filter of zarr v2 may widen the pixels, as from one byte to float64."""
+"""Largest factor by which a filter of zarr v2 may widen pixels, as from one byte to float64."""
 _LZMA_BYTES = 2**28
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _RUNS_CODE = "pickle"
 
 
 def most_stored(nbytes: int) -> int:
-    """Most bytes that a chunk of ``nbytes`` may take as it is stored."""
+    """Largest stored size in bytes of a chunk with ``nbytes`` of pixels."""
     return 2 * nbytes + SLACK_BYTES
 
 
 def bounded(name: str, metadata: ArrayV2Metadata | ArrayV3Metadata) -> ArrayV2Metadata | ArrayV3Metadata:
-    """The metadata with decoders that stop where a chunk is full.
+    """The metadata with decoders that stop at a chunk's size.
 
     Raises
     ------
@@ -85,7 +85,7 @@ def _check_harmless(name: str, ids: list[str]) -> None:
 
 
 def _numcodec(codec: Codec) -> Any:
-    """The decoder of numcodecs that a codec of zarr v3 uses; None if it uses none."""
+    """The numcodecs decoder inside a codec of zarr v3; None if there is none."""
     for kind, of_numcodecs in (
         (ZstdCodec, numcodecs.Zstd),
         (BloscCodec, numcodecs.Blosc),
@@ -99,12 +99,12 @@ def _numcodec(codec: Codec) -> Any:
 
 @dataclass(frozen=True)
 class _BoundedCodec(BytesBytesCodec):
-    """A codec of zarr v3 that decodes no more than its chunk holds."""
+    """A codec of zarr v3 that decodes at most its chunk's size."""
 
     codec: BytesBytesCodec
     numcodec: Any
     is_innermost: bool
-    """Whether it gives the chunk's pixels, so many bytes and no others."""
+    """Whether it returns the chunk's pixels, of which the number of bytes is exact."""
 
     is_fixed_size = False
 
@@ -119,11 +119,11 @@ class _BoundedCodec(BytesBytesCodec):
         return chunk_spec.prototype.buffer.from_bytes(ensure_bytes(decoded))
 
     def compute_encoded_size(self, input_byte_length: int, chunk_spec: ArraySpec) -> int:
-        raise NotImplementedError  # zarr's word for a size that is not known before
+        raise NotImplementedError  # zarr's convention for a size that is not known in advance
 
 
 class _BoundedNumcodec(numcodecs.abc.Codec):  # type: ignore[misc]  # numcodecs has no types
-    """A codec of zarr v2 that decodes no more than its chunk holds."""
+    """A codec of zarr v2 that decodes at most its chunk's size."""
 
     codec_id = "bounded"
 
@@ -144,16 +144,16 @@ class _BoundedNumcodec(numcodecs.abc.Codec):  # type: ignore[misc]  # numcodecs 
 
 
 def decode(codec: Any, data: Any, limit: int, *, is_exact: bool) -> Any:
-    """What ``codec`` of numcodecs makes of ``data``, where that is no more than ``limit`` bytes.
+    """Decode ``data`` with a codec of numcodecs, to at most ``limit`` bytes.
 
     Parameters
     ----------
-    is_exact : whether it must be ``limit`` bytes and no fewer
+    is_exact : whether the result must have exactly ``limit`` bytes
 
     Raises
     ------
     CorruptImage
-        If it would be more.
+        If it would have more.
     """
     start = _STREAMS.get(codec.codec_id)
     if start is not None:
@@ -184,7 +184,7 @@ _STREAMS: dict[str, Callable[[Any], _Decompressor]] = {
 
 
 def _inflate(start: Callable[[], _Decompressor], data: bytes, limit: int) -> bytes:
-    """All streams in ``data``, one after the other."""
+    """Decompress all streams in ``data``, one after the other."""
     pieces, total = [], 0
     while True:
         stream = start()
@@ -195,13 +195,13 @@ def _inflate(start: Callable[[], _Decompressor], data: bytes, limit: int) -> byt
         pieces.append(piece)
         if not stream.eof:
             raise CorruptImage("a chunk is cut short; copy the image again")
-        data = stream.unused_data.lstrip(b"\0")  # gzip allows for zeros behind the last
+        data = stream.unused_data.lstrip(b"\0")  # gzip allows zeros after the last
         if not data:
             return b"".join(pieces)
 
 
 def _announced(codec_id: str, head: bytes) -> int | None:
-    """How many bytes a compressed chunk says that it holds; None if it does not."""
+    """The decompressed size that a chunk announces; None if it announces none."""
     match codec_id:
         case "blosc":
             return int.from_bytes(head[4:8], "little")
@@ -213,7 +213,7 @@ def _announced(codec_id: str, head: bytes) -> int | None:
 
 
 def _announced_by_zstd(head: bytes) -> int | None:
-    """Of the frame's header in RFC 8878, section 3.1.1.1."""
+    """The size in zstd's frame header: RFC 8878, section 3.1.1.1."""
     descriptor = head[4]
     is_single, size_flag = bool(descriptor & 0x20), descriptor >> 6
     num_bytes = (int(is_single), 2, 4, 8)[size_flag]

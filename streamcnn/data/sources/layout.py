@@ -1,4 +1,4 @@
-"""Which axis of a stored array is which, and how its pixels become a tensor ``(C, h, w)``."""
+"""Layouts: the meaning of a stored array's axes, and its conversion to a tensor ``(C, h, w)``."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from streamcnn.geometry.regions import Region
 
 _DROPPED = "."
 _COLOURS = 4
-"""Most channels of a colour picture."""
+"""Largest number of channels of a colour picture."""
 _SHORTER = 8
-"""How many times as long rows and columns are at least, for an axis to be channels beyond doubt."""
+"""Least ratio of rows and columns to an axis for that to be channels beyond doubt."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The axes of an array in its own order, one letter each.
+    """The axes of an array in its own order, a letter each.
 
-    ``C``, ``Y`` and ``X`` are channels, rows and columns; of any other one plane is taken.
+    ``C``, ``Y`` and ``X`` are channels, rows and columns; of any other axis one plane is taken.
     """
 
     axes: str
     planes: tuple[int, ...] = ()
-    """Which plane of each axis is taken; the first where this is empty."""
+    """The plane to take of each axis; empty for the first planes."""
 
     def image_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """Channels, height and width in pixels of an array of ``shape``."""
@@ -39,14 +39,14 @@ class Layout:
         return extents.get("C", 1), extents["Y"], extents["X"]
 
     def window(self, region: Region) -> tuple[slice | int, ...]:
-        """What to index the array with for ``region``."""
+        """The index of ``region`` in the array."""
         rows, cols = (slice(axis.start, axis.stop) for axis in region)
         parts: dict[str, slice] = {"C": slice(None), "Y": rows, "X": cols}
         planes = self.planes or (0,) * len(self.axes)
         return tuple(parts.get(axis, plane) for axis, plane in zip(self.axes, planes, strict=True))
 
     def channels_first(self, pixels: NDArray[Any]) -> NDArray[Any]:
-        """A view ``(C, h, w)`` of what `window` cut out."""
+        """A view ``(C, h, w)`` of pixels that were indexed by `window`."""
         axes = [axis for axis in self.axes if axis in "CYX"]
         if "C" not in axes:
             pixels, axes = pixels[None], ["C", *axes]
@@ -54,17 +54,17 @@ class Layout:
 
 
 def layout_by_shape(name: str, shape: tuple[int, ...], channels_last: bool | None) -> Layout:
-    """The layout of an array that does not say which axis is which.
+    """The layout of an array without named axes.
 
-    Two axes are one channel. Of three, ``channels_last`` says which are the channels. Where that is None,
-    they are the first or the last axis if this one alone is so short that it can be nothing else: 4 or
-    fewer where the other two have more, or an eighth of both others or less.
+    Two axes are one channel. Of three, ``channels_last`` tells which are the channels. If that is None, they
+    are the first or the last axis, if only this one is short enough: 4 or fewer where the other two have
+    more, or at most an eighth of both others.
 
     Raises
     ------
     DatasetMismatch
-        If there are fewer or more axes, which are the channels is not certain, or there are none to be told
-        of.
+        If there are fewer or more axes, the channels are uncertain, or ``channels_last`` is given without an
+        axis of channels.
     """
     if len(shape) not in (2, 3):
         raise DatasetMismatch(
@@ -108,19 +108,19 @@ def layout_by_names(
 
     Parameters
     ----------
-    name : what messages call the image
-    axes : one per axis; rows and columns are needed
-        Any other may be there with extent 1, such as time or depth.
+    name : name of the image in messages
+    axes : one for each axis; rows and columns are required
+        Others may be there with extent 1, such as time or depth.
     shape : extents of the array
-    channels_last : whether an axis of a name that is not known, last or first, is the channels
-        Where names say which axis is, it may say the same and nothing else.
-    index : which plane to take of axes that are longer than 1, by their names; None where none may be taken
+    channels_last : whether the last or the first axis is the channels, if its name is unknown
+        If a name means channels, this may only agree.
+    index : plane to take of axes longer than 1, by name; None if no plane may be chosen
 
     Raises
     ------
     DatasetMismatch
         If rows or columns are missing, more than one other axis is longer than 1, there is no such axis or
-        plane, or the channels are elsewhere than ``channels_last`` says.
+        plane, or ``channels_last`` contradicts the names.
     """
     letters = [letter.upper() for letter in axes.letters]
     if len(letters) != len(shape) or letters.count("Y") != 1 or letters.count("X") != 1:
@@ -153,17 +153,17 @@ def _is_known(letter: str) -> bool:
 
 
 def _or_known(kept: str, letter: str) -> str:
-    """The letter of an axis; that of a single channel too, which is dropped from the layout."""
+    """The letter of an axis, also for a single channel, which the layout leaves out."""
     return letter if kept == _DROPPED and _is_known(letter) else kept
 
 
 def _check_told(name: str, names: tuple[str, ...], letters: list[str], channels_last: bool) -> None:
-    """Refuse a place of the channels that is not theirs.
+    """Make sure that ``channels_last`` agrees with the axes.
 
     Raises
     ------
     DatasetMismatch
-        If there are no channels, or the names of the axes say otherwise.
+        If there are no channels, or the names of the axes contradict it.
     """
     channels = [position for position, letter in enumerate(letters) if _is_known(letter)]
     if not channels:
@@ -179,19 +179,19 @@ def _check_told(name: str, names: tuple[str, ...], letters: list[str], channels_
 
 
 def no_channels(name: str, channels_last: bool) -> DatasetMismatch:
-    """The error that an image without an axis of channels is told where they are."""
+    """The error for ``channels_last`` on an image without an axis of channels."""
     return DatasetMismatch(
         f"{name} has rows and columns and no axis of channels: leave {told(channels_last)} out"
     )
 
 
 def told(channels_last: bool) -> str:
-    """What said where the channels are, in Python and on the command line."""
+    """The option that was given, as in Python and on the command line."""
     return f"channels_last={channels_last} ({'--channels-last' if channels_last else '--channels-first'})"
 
 
 def _planes(name: str, axes: Axes, shape: tuple[int, ...], index: Mapping[str, int]) -> dict[int, int]:
-    """Which plane is taken of the axes that ``index`` names, by their position."""
+    """The planes to take, by position of the axes that ``index`` names."""
     names = [axis.lower() for axis in axes.names]
     planes = {}
     for axis, plane in index.items():
@@ -229,7 +229,7 @@ def _several_planes(
 
 
 def torch_dtype(name: str, dtype: np.dtype[Any]) -> torch.dtype:
-    """PyTorch's type for pixels of ``dtype`` in any byte order.
+    """PyTorch's dtype for pixels of ``dtype`` in any byte order.
 
     Raises
     ------
@@ -246,10 +246,10 @@ def torch_dtype(name: str, dtype: np.dtype[Any]) -> torch.dtype:
 
 
 def to_tensor(pixels: NDArray[Any]) -> Tensor:
-    """The pixels as a tensor of the same shape, copied where PyTorch cannot take them as they lie.
+    """The pixels as a tensor of the same shape, copied if PyTorch cannot share their memory.
 
-    It takes no foreign byte order, no backward strides and no memory that it may not write to.
+    PyTorch supports no foreign byte order, no negative strides and no read-only memory.
     """
     ready = np.require(pixels, dtype=pixels.dtype.newbyteorder("="), requirements=["C", "W"])
-    # NumPy takes an axis of one pixel for contiguous whatever its stride is, PyTorch not if it leads back.
+    # NumPy counts an axis of one pixel as contiguous for any stride, PyTorch not for a negative one.
     return torch.from_numpy(ready.copy() if any(stride < 0 for stride in ready.strides) else ready)

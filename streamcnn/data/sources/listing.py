@@ -1,4 +1,4 @@
-"""All images of a file and their resolutions, of every format that may hold several."""
+"""Listing of all images in a file and their resolutions, for formats that may hold several."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from streamcnn.data.sources.zarr import ZarrSource, open_node
 
 
 def series_of(path: str | Path, source: ImageSource) -> list[SeriesFacts]:
-    """All images at ``path``; none where its format has one image of one resolution.
+    """All images at ``path``; empty if its format has one image of one resolution.
 
     Parameters
     ----------
     path
-        Of the image.
+        The image.
     source
-        What `open_image` made of it.
+        Its source, from `open_image`.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Regions of a file that is mapped into memory, without its pages staying resident."""
+"""Reading of regions of a memory-mapped file, without its pages staying resident."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from streamcnn.data.sources.layout import Layout
 from streamcnn.geometry.regions import Interval, Region
 
 BAND_BYTES = 2**22
-"""Bytes of the file that are resident at a time, at least one row of it."""
+"""Bytes of the file that are resident at a time; at least one row."""
 _AROUND = 2**16
-"""Bytes that the kernel maps around a page that is touched."""
+"""Bytes that the kernel maps around a touched page."""
 
 
 def copied(array: NDArray[Any], layout: Layout, region: Region) -> NDArray[Any]:
     """The pixels ``(C, h, w)`` of a region, copied in bands of rows.
 
-    Pages of a mapped file count as resident memory once they are touched, so those of a band are let go of
-    before the next one is read. They stay in the kernel's page cache, which is not the process's.
+    Touched pages of a mapped file count as resident memory, so a band's pages are dropped before the next
+    band is read. They stay in the kernel's page cache, which does not count as the process's memory.
     """
     channels = layout.image_shape(array.shape)[0]
     pixels = np.empty((channels, *region.size), array.dtype)
@@ -36,24 +36,24 @@ def copied(array: NDArray[Any], layout: Layout, region: Region) -> NDArray[Any]:
 
 
 def mapped_bytes(array: NDArray[Any], layout: Layout) -> int:
-    """Bytes of the file that are resident at most while `copied` reads any region."""
-    # Measured: a region of 1000 x 1000 of three planes took a band more than its copy and one band.
+    """Largest number of the file's bytes that are resident while `copied` reads any region."""
+    # Measured: for a region of 1000 x 1000 of three planes it took a band more than its copy and one band.
     return 2 * max(BAND_BYTES, _row_bytes(array, layout, layout.image_shape(array.shape)[2]))
 
 
 def _row_bytes(array: NDArray[Any], layout: Layout, width: int) -> int:
-    """Bytes that are mapped for a row of a region: each plane's part of it, and what lies around that."""
+    """Bytes mapped for a row of a region: each plane's part of it, and the surrounding pages."""
     channels = layout.image_shape(array.shape)[0]
     return channels * (width * array.dtype.itemsize + _AROUND)
 
 
 def lets_go(array: NDArray[Any]) -> bool:
-    """Whether it is a map whose pages may be dropped at any time, since nothing was written to them."""
+    """Whether an array is a memory map whose pages may be dropped, as they cannot be written to."""
     return isinstance(array, np.memmap) and array.mode == "r" and _map_of(array) is not None
 
 
 def let_go(array: NDArray[Any]) -> None:
-    """Have the kernel drop the pages of a map from the process; touching them again reads the file."""
+    """Let the kernel drop a map's pages from the process; touching them again reads the file."""
     mapping = _map_of(array)
     if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
         mapping.madvise(mmap.MADV_DONTNEED)

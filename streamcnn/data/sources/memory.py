@@ -1,4 +1,4 @@
-"""Images whose pixels are in memory, or mapped into it: tensors, NumPy arrays and ``.npy`` files."""
+"""Images in memory, or mapped into it: tensors, NumPy arrays and ``.npy`` files."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from streamcnn.geometry.regions import Region
 from streamcnn.plan.reading import ReadingCost
 
 _SAMPLED = 32
-"""Places along each axis of an array that are looked at, to tell whether it was changed."""
+"""Number of positions along each axis of an array that are sampled to detect changes."""
 
 
 @final
 class TensorSource(ImageSource):
-    """An image that is in memory already; regions are views of it.
+    """An image in memory; regions are views of it.
 
     Parameters
     ----------
@@ -53,7 +53,7 @@ class TensorSource(ImageSource):
 
     @property
     def reading_cost(self) -> ReadingCost:
-        """Nothing: regions are views."""
+        """No cost, as regions are views."""
         return ReadingCost(self.shape[1:])
 
     def _read(self, region: Region) -> Tensor:
@@ -63,26 +63,25 @@ class TensorSource(ImageSource):
 
 @final
 class ArraySource(FileSource):
-    """An image in a NumPy array, a memory map or a ``.npy`` file, which is mapped and not read.
+    """An image in a NumPy array, a memory map or a ``.npy`` file, which is mapped into memory.
 
-    A copy made by pickling maps a file again; the pixels of an array that is no file, or a view of a
-    memory map, are pickled with it.
+    A copy made by pickling maps a file again; the pixels of an array without a file, or of a view of a memory
+    map, are pickled with it.
 
     Parameters
     ----------
     array_or_path : array, or path of a ``.npy`` file
         Two axes ``(H, W)`` are one channel; three are ``(C, H, W)`` or ``(H, W, C)``.
     channels_last : bool, optional
-        Which of the two a three-axis array is. By default it is told by the shape, where that leaves no
-        doubt: the channels are 4 or fewer and all else is more, or an eighth of rows and columns or less.
+        Which of the two a three-axis array is. By default the shape decides, if it leaves no doubt: there are
+        4 channels or fewer and more of all else, or at most an eighth of rows and columns.
 
     Raises
     ------
     CorruptImage
         If there is no ``.npy`` file at the path, or it is damaged or cut short.
     DatasetMismatch
-        If the array has another number of axes or such as are not certain, or pixels of a type that PyTorch
-        lacks.
+        If the array has another number of axes or its channels are uncertain, or PyTorch lacks its dtype.
     """
 
     def __init__(
@@ -110,7 +109,7 @@ class ArraySource(FileSource):
 
     @property
     def sample(self) -> bytes | None:
-        """Some pixels of an array in memory; a file's are told by its stamp."""
+        """Some pixels of an array in memory; None for a file, which has a stamp."""
         if self._stamp is not None:
             return None
         steps = (-(-extent // _SAMPLED) for extent in self._array.shape)
@@ -118,18 +117,18 @@ class ArraySource(FileSource):
 
     @property
     def pieces(self) -> str:
-        """That it has none."""
+        """Text that there are no pieces."""
         return "an array in one piece, of which the pages under a region are read"
 
     @property
     def reading_cost(self) -> ReadingCost:
-        """The region's copy, and a band of a mapped file's pages."""
+        """The copy of the region, and a band of a mapped file's pages."""
         channels, height, width = self.shape
         fixed = mapped_bytes(self._array, self._layout) if lets_go(self._array) else 0
         return ReadingCost((height, width), pixel=channels * self.dtype.itemsize, fixed=fixed)
 
     def _load(self, region: Region) -> NDArray[Any]:
-        if self._stamp is not None:  # touching a page beyond a file's end kills the process
+        if self._stamp is not None:  # touching a page beyond the end of a file kills the process
             self._stamp.check()
         if lets_go(self._array):
             return copied(self._array, self._layout, region)
@@ -137,7 +136,7 @@ class ArraySource(FileSource):
 
 
 class _Mapping(NamedTuple):
-    """What maps a file into memory again."""
+    """Data with which a file is mapped again."""
 
     filename: str
     dtype: np.dtype[Any]

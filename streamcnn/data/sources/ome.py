@@ -1,7 +1,7 @@
-"""OME-Zarr groups: which array is a level of the image, and what its axes are (OME-NGFF 0.4 and 0.5).
+"""OME-Zarr groups: the arrays of an image's levels, and their axes (OME-NGFF 0.4 and 0.5).
 
-What bioformats2raw writes is a group of such images, its series, of which some may be a slide's label or its
-overview: the names of series are in a file of OME-XML beside them.
+bioformats2raw writes a group of such images, the series, some of which may be a slide's label or overview.
+The names of the series are in an OME-XML file beside them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from streamcnn.data.sources.places import check_stored
 from streamcnn.data.sources.series import SeriesFacts
 from streamcnn.errors import CorruptImage, DatasetMismatch
 
-_OLD_AXES = ("t", "c", "z", "y", "x")  # before version 0.3 there were always these five
+_OLD_AXES = ("t", "c", "z", "y", "x")  # before version 0.3 these five axes were implied
 _SERIES = "bioformats2raw.layout"
 _OTHER_GROUPS = {
     "plate": "a plate of many images",
@@ -40,12 +40,12 @@ def is_ome_image(attributes: Mapping[str, Any]) -> bool:
 
 
 def open_level(name: str, group: zarr.Group, level: int, series: int | None) -> tuple[ZarrArray, Axes | None]:
-    """A level's array and its axes, None if they are not named; level 0 is the full resolution.
+    """Open a level's array, with its axes or None if they are not named; level 0 is the full resolution.
 
     Parameters
     ----------
-    name : what messages call the image
-    series : which of several images; by default the first that is no label or overview of a slide
+    name : name of the image in messages
+    series : which of several images; by default the first that is not a slide's label or overview
 
     Raises
     ------
@@ -64,13 +64,13 @@ def open_level(name: str, group: zarr.Group, level: int, series: int | None) -> 
 def level_spacing(
     name: str, group: zarr.Group, level: int, series: int | None
 ) -> tuple[tuple[float, float], str] | None:
-    """Height and width of a pixel of a level that there is, and their unit; None if the group says none."""
+    """Height and width of a pixel of an existing level, and their unit; None if the group has none."""
     _, metadata, number = _chosen(name, group, series)
     return spacing_of_ome(_images(name, metadata)[number], level)
 
 
 def _chosen(name: str, group: zarr.Group, series: int | None) -> tuple[zarr.Group, Mapping[str, Any], int]:
-    """The group of the image that is meant, its metadata, and which of the images in there it is."""
+    """The group of the chosen image, its metadata, and the image's index in there."""
     metadata = _metadata(dict(group.attrs))
     if _SERIES in metadata and "multiscales" not in metadata:
         group, metadata, series = _series(name, group, metadata, series)
@@ -83,7 +83,7 @@ def _chosen(name: str, group: zarr.Group, series: int | None) -> tuple[zarr.Grou
 
 
 def ome_series(name: str, group: zarr.Group) -> list[SeriesFacts]:
-    """All images of a group: what bioformats2raw wrote, or those of one OME-Zarr image.
+    """All images of a group: the series of bioformats2raw, or those of one OME-Zarr group.
 
     Raises
     ------
@@ -155,7 +155,7 @@ def _sizes(
 def _series(
     name: str, group: zarr.Group, metadata: Mapping[str, Any], series: int | None
 ) -> tuple[zarr.Group, Mapping[str, Any], int]:
-    """One image of a group that bioformats2raw wrote, its metadata, and which of its own images is meant."""
+    """One image of a group by bioformats2raw, its metadata, and the index of the image in there."""
     paths = _series_paths(group, metadata)
     titles = _titles(group)
     if series is None:
@@ -168,7 +168,7 @@ def _series(
 
 
 def _default_series(paths: list[str], titles: Mapping[int, str]) -> int:
-    """The first image that is no label or overview of a slide."""
+    """The first image that is not a slide's label or overview."""
     slides = [n for n, _ in enumerate(paths) if not _NO_SLIDE.search(titles.get(n, ""))]
     return slides[0] if slides else 0
 
@@ -181,7 +181,7 @@ def _series_group(name: str, group: zarr.Group, path: str, series: int) -> zarr.
 
 
 def _series_paths(group: zarr.Group, metadata: Mapping[str, Any]) -> list[str]:
-    """Where the series are: as the group OME says or, where it does not, in groups 0, 1, 2, ..."""
+    """The paths of the series: those in the group OME or, without these, the groups 0, 1, 2, ..."""
     listing = group.get("OME")
     said: Any = None
     if isinstance(listing, zarr.Group):
@@ -196,7 +196,7 @@ def _series_paths(group: zarr.Group, metadata: Mapping[str, Any]) -> list[str]:
 
 
 def _titles(group: zarr.Group) -> dict[int, str]:
-    """Names of the series, of those that have one."""
+    """Names of the series that have one, by number."""
     key = f"{group.path}/OME/METADATA.ome.xml".removeprefix("/")
     check_stored(group.store, key, _XML_BYTES)
     found = sync(group.store.get(key, default_buffer_prototype()))
@@ -224,7 +224,7 @@ def _no_image(name: str, group: zarr.Group, metadata: Mapping[str, Any]) -> Corr
 
 
 def _metadata(attributes: Mapping[str, Any]) -> Mapping[str, Any]:
-    """From 0.5 on everything lies under one key."""
+    """A group's OME metadata, which from version 0.5 on is under one key."""
     nested = attributes.get("ome")
     return nested if isinstance(nested, Mapping) else attributes
 
