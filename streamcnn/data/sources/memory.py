@@ -151,7 +151,7 @@ def _stamp(array: NDArray[Any]) -> FileStamp | None:
 
 
 def _is_whole_map(origin: object) -> bool:
-    """Whether it is a map as it was made: a view keeps the file's name and offset but not its place in it."""
+    """Whether an array is a whole memory map; a view has the file's name and offset, but not its place."""
     return (
         isinstance(origin, np.memmap) and origin.filename is not None and isinstance(origin.base, mmap.mmap)
     )

@@ -34,7 +34,7 @@ _XML_BYTES = 2**26
 
 
 def is_ome_image(attributes: Mapping[str, Any]) -> bool:
-    """Whether a group with these attributes is an image in several resolutions, or a series of some."""
+    """Whether a group with these attributes is an image in several resolutions, or a series of them."""
     metadata = _metadata(attributes)
     return "multiscales" in metadata or _SERIES in metadata
 

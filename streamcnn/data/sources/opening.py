@@ -1,6 +1,6 @@
-"""One function that opens an image of any kind: by what is at the path, not by its ending.
+"""Opening of images of any format, recognised by content rather than by ending.
 
-Only slides are told by their ending, for most of them are TIFF files that OpenSlide knows better.
+Only slides are recognised by their ending, as most are TIFF files that OpenSlide reads better.
 """
 
 from __future__ import annotations
@@ -59,38 +59,37 @@ def open_image(
     missing_chunks: MissingChunks = "some",
     max_pixels: int = MAX_PIXELS,
 ) -> ImageSource:
-    """The image at ``path`` as a source that reads it region by region.
+    """Open the image at ``path`` as a source that reads it region by region.
 
     Parameters
     ----------
     path
-        File, folder of a zarr array or OME-Zarr image, or zip file of one; ``~`` and ``file://`` are
-        understood. URL of a zarr array, an OME-Zarr image or a TIFF file elsewhere.
+        File, folder of a zarr array or OME-Zarr image, or zip file of one, also with ``~`` and ``file://``;
+        or URL of a remote zarr array, OME-Zarr image or TIFF file.
     level
         Resolution of a TIFF pyramid, an OME-Zarr image or a slide; 0 is full.
     channels_last
-        Whether the channels are the last of three axes or the first, where the file does not say it; where it
-        does, only what it says is allowed.
+        Whether the channels are the last of three axes or the first, if the file does not say it; if it does,
+        this may only agree.
     series
-        Which image of a TIFF file or of an OME-Zarr folder that holds several; by default the largest of
-        full resolution that is no macro, label or thumbnail, of what bioformats2raw wrote the first such one.
+        Which image of a TIFF file or OME-Zarr folder that holds several; by default the largest one of full
+        resolution that is not a macro, label or thumbnail, in a folder by bioformats2raw the first such one.
     index
-        Plane to take of each axis of a zarr array that is longer than 1 and neither rows, columns nor
-        channels, by its name, as in ``{"t": 0}``.
+        Plane to take of each axis of a zarr array longer than 1 other than rows, columns and channels, by
+        name, as in ``{"t": 0}``.
     missing_chunks
-        What to do where a zarr array lacks chunks: see `ZarrSource`.
-    max_pixels
-        Most pixels of what can only be decoded whole: a picture, a tile or strip, a chunk.
+        How to treat missing chunks of a zarr array: see `ZarrSource`.
+        max_pixels
+            Largest number of pixels of anything that is decoded whole: a picture, a tile or strip, a chunk.
 
     Raises
     ------
     CorruptImage
-        If there is nothing at the path, or it is damaged or no image.
-    DatasetMismatch
-        If there is no such level, series or plane, an option does not apply to the format, pixels or axes are
-        not what a source can have or are not certain, or the image is too large.
-    MissingExtra
-        If the format or the place needs a package that is not installed.
+        If there is nothing at the path, or it is damaged or not an image. DatasetMismatch
+            If there is no such level, series or plane, an option does not apply to the format, pixels or axes
+            are unsupported or uncertain, or the image is too large.
+        MissingExtra
+            If the format or the location needs a package that is not installed.
     """
     where = place(path)
     kind = _kind(where)
@@ -134,7 +133,7 @@ def open_image(
 
 
 def open_chosen(path: str | Path, choice: ImageChoice) -> ImageSource:
-    """The image at ``path`` that ``choice`` means, as from `open_image`.
+    """Open the image at ``path`` that ``choice`` selects, as `open_image` does.
 
     Raises
     ------
@@ -145,14 +144,14 @@ def open_chosen(path: str | Path, choice: ImageChoice) -> ImageSource:
 
 
 def is_image(path: str | Path) -> bool:
-    """Whether `open_image` knows what is at ``path``; it may still be damaged.
+    """Whether `open_image` supports what is at ``path``, which may still be damaged.
 
-    A zarr group is an image only if it is an OME-Zarr image, not if it holds some.
+    A zarr group is an image only if it is an OME-Zarr image, not if it contains some.
 
     Raises
     ------
     CorruptImage
-        If there is nothing at the path, or it may not be read.
+        If there is nothing at the path, or access is denied.
     """
     where = place(path)
     kind = _kind(where)
@@ -182,12 +181,12 @@ def _kind_of_head(head: bytes) -> str | None:
 
 
 def _kind_of_url(url: str) -> str:
-    """Elsewhere there are zarr arrays and TIFF files alone.
+    """The kind of a remote image: a zarr array or a TIFF file.
 
     Raises
     ------
     CorruptImage
-        If there is something else.
+        If it is something else.
     """
     is_named_tiff = PurePosixPath(urlsplit(url).path).suffix.lower() in _TIFFS
     if not is_named_tiff and holds_zarr(remote_store(url)):
@@ -212,7 +211,7 @@ def _kind_of_url(url: str) -> str:
 
 
 def _is_mere_group(folder: Path) -> bool:
-    """Whether a zarr folder is a group of other things; False where its metadata cannot be read."""
+    """Whether a zarr folder is a group but not an image; False if its metadata cannot be read."""
     try:
         if not (folder / "zarr.json").is_file():
             attributes = folder / ".zattrs"

@@ -1,4 +1,4 @@
-"""How stored pixels are turned upright: the eight orientations of TIFF and EXIF."""
+"""Orientation of stored pixels: the eight orientations of TIFF and EXIF, made upright."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ _MIRRORED = (2, 3, 6, 7)
 
 @dataclass(frozen=True, slots=True)
 class Orientation:
-    """Where the first stored row and column belong; ``tag`` as in TIFF's tag 274.
+    """An orientation of stored pixels; ``tag`` as in TIFF's tag 274.
 
-    Numbers without a meaning, which some cameras write, count as upright.
+    Invalid numbers, which some cameras write, count as upright.
     """
 
     tag: int = 1
 
     @property
     def is_upright(self) -> bool:
-        """Whether pixels are shown as they are stored."""
+        """Whether stored pixels are upright."""
         return self.tag not in (*_TRANSPOSED, *_UPSIDE_DOWN, *_MIRRORED)
 
     def size(self, stored: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of the upright image, of those in the file."""
+        """Height and width of the upright image, given those in the file."""
         height, width = stored
         return (width, height) if self.tag in _TRANSPOSED else (height, width)
 
     def stored_region(self, region: Region, stored: tuple[int, int]) -> Region:
-        """Where in the file, whose image has size ``stored`` (H, W), the pixels of an upright region lie."""
+        """The region in the file, whose image has size ``stored`` (H, W), of an upright region."""
         height, width = self.size(stored)
         rows = _reversed(region.rows, height) if self.tag in _UPSIDE_DOWN else region.rows
         cols = _reversed(region.cols, width) if self.tag in _MIRRORED else region.cols
         return Region(cols, rows) if self.tag in _TRANSPOSED else Region(rows, cols)
 
     def upright(self, pixels: NDArray[Any]) -> NDArray[Any]:
-        """A view of stored pixels ``(C, h, w)`` as they are shown."""
+        """A view of stored pixels ``(C, h, w)`` that is upright."""
         if self.tag in _TRANSPOSED:
             pixels = pixels.transpose(0, 2, 1)
         if self.tag in _UPSIDE_DOWN:

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from PIL.ImageFile import ImageFile as Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM")
-"""What Pillow calls the formats that are read through it."""
+"""Pillow's names of the formats that are read through it."""
 
-# Pillow's modes: what has to be converted, and to what.
+# Pillow's modes that are converted, and to which mode.
 _CONVERTED = {
     "1": "L",
     "P": "RGB",
@@ -38,7 +38,7 @@ _CONVERTED = {
     "CMYK": "RGB",
     "YCbCr": "RGB",
 }
-# The modes that are handed out: number of channels and type.
+# The resulting modes: number of channels and dtype.
 _HANDED_OUT = {
     "L": (1, "u1"),
     "LA": (2, "u1"),
@@ -54,37 +54,37 @@ _ORIENTATION = 274  # of EXIF's tags
 _DECODED = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2}
 """Bytes of a pixel in Pillow's memory by mode; 4 in all others."""
 _SCRATCH = {"WEBP": 16, "GIF": 8, "BMP": 4}
-"""Bytes for each pixel that a decoder takes beside the picture, by format."""
+"""Bytes for each pixel that a decoder takes besides the picture, by format."""
 _PROGRESSIVE = 8
-"""The same of a progressive JPEG: the coefficients of up to four components, two bytes each."""
+"""For a progressive JPEG: the coefficients of up to four components, two bytes each."""
 _PLAIN_TEXT = 16
-"""The same of numbers in text: those that are read so far, and two copies of them."""
+"""For numbers as text: those read so far, and two copies of them."""
 _BAND_BYTES = 2**22
-"""Bytes of pixels that are copied out of Pillow's memory at a time, at least a row."""
+"""Bytes of pixels that are copied from Pillow's memory at a time; at least a row."""
 
 _limit_lock = ProcessLock()
 
 
 @final
 class PictureSource(FileSource):
-    """A picture, decoded whole when it is first read and kept from then on.
+    """A picture that is decoded whole at its first read and kept.
 
     Palettes, CMYK and YCbCr become RGB, a palette with transparency RGBA; grey of 16 bits stays uint16.
     Values are the file's own: grey PNG of 1, 2 and 4 bits, PBM, and PGM and PPM with any maxval are not
-    scaled, and `largest` says how large they may be. Of an animation it is the first frame. Pixels are turned
-    upright as a noted orientation says.
+    scaled, and `largest` gives their range. An animation gives its first frame. Pixels are made upright by
+    the orientation in the file's metadata.
 
     Parameters
     ----------
     path : file
-    max_pixels : largest picture, in pixels, that may be decoded; Pillow's own limit is not looked at
+    max_pixels : largest picture, in pixels, that may be decoded; Pillow's own limit is ignored
 
     Raises
     ------
     CorruptImage
-        If there is no such file, or it is no picture.
+        If there is no such file, or it is not a picture.
     DatasetMismatch
-        If it is too large, or Pillow would drop half of its bits.
+        If the picture is too large, or Pillow would drop half of its bits.
     MissingExtra
         If Pillow is not installed.
     """
@@ -125,15 +125,15 @@ class PictureSource(FileSource):
 
     @property
     def pieces(self) -> str:
-        """The format, and that it is one piece."""
+        """Text on the format, as one piece."""
         return f"a {self._format} picture of {self.shape[1]} x {self.shape[2]} pixels, which is decoded whole"
 
     @property
     def reading_cost(self) -> ReadingCost:
-        """The picture, and once Pillow's own copy of it and the decoder's memory."""
+        """The picture; for the first read also Pillow's own copy and the decoder's memory."""
         channels, height, width = self.shape
         pixel = channels * self.dtype.itemsize
-        # Cut out of Pillow's picture, converted, as bytes in pieces and in one.
+        # A crop of Pillow's picture, converted, as bytes in pieces and joined.
         bands = 4 * max(_BAND_BYTES, 4 * width)
         return ReadingCost(
             (height, width),
@@ -143,7 +143,7 @@ class PictureSource(FileSource):
         )
 
     def release(self) -> None:
-        """Let go of the picture."""
+        """Release the picture."""
         with self._decoding:
             self._pixels = None
 
@@ -169,7 +169,7 @@ class PictureSource(FileSource):
             return pixels
         with _opened(self._path) as image:
             for top in range(0, height, rows):
-                # In bands: Pillow hands out a picture as bytes, which are two copies of it.
+                # In bands, as Pillow returns a picture as bytes, which takes two copies of it.
                 band = image.crop((0, top, width, min(top + rows, height)))
                 band = band if band.mode == self._mode else band.convert(self._mode)
                 pixels[top : top + rows] = self._values.as_stored(np.asarray(band))
@@ -178,10 +178,10 @@ class PictureSource(FileSource):
 
 @contextmanager
 def _opened(name: str) -> Iterator[Image]:
-    """The picture, of which only the head is read until its pixels are asked for."""
+    """Open the picture; only its head is read until pixels are requested."""
     pillow: Any = require("PIL.Image", extra="pictures")
     with _limit_lock:
-        limit, pillow.MAX_IMAGE_PIXELS = pillow.MAX_IMAGE_PIXELS, None  # ours is the limit that counts
+        limit, pillow.MAX_IMAGE_PIXELS = pillow.MAX_IMAGE_PIXELS, None  # our own limit applies
         try:
             image: Image = pillow.open(name, formats=FORMATS)
         finally:
@@ -191,11 +191,11 @@ def _opened(name: str) -> Iterator[Image]:
 
 
 def _mode(name: str, image: Image) -> str:
-    """The mode in which the picture's pixels are handed out."""
+    """The mode to which the picture's pixels are converted."""
     if image.mode == "P" and "transparency" in image.info:
         return "RGBA"
     if image.mode == "I" and image.format == "PPM":
-        return "I;16"  # what its format calls grey of 16 bits
+        return "I;16"  # the mode of grey of 16 bits in this format
     mode = _CONVERTED.get(image.mode, image.mode)
     if mode not in _HANDED_OUT:
         raise DatasetMismatch(
@@ -213,7 +213,7 @@ def _orientation(name: str, image: Image) -> Orientation:
 
 
 def _scratch(image: Image) -> int:
-    """Bytes for each pixel that decoding takes beside the picture."""
+    """Bytes for each pixel that decoding takes besides the picture."""
     if image.format == "JPEG" and image.info.get("progressive"):
         return _PROGRESSIVE
     if image.tile and image.tile[0].codec_name == "ppm_plain":
@@ -222,7 +222,7 @@ def _scratch(image: Image) -> int:
 
 
 def _check_depth(name: str, image: Image) -> None:
-    """Refuse colours of more than 8 bits, which Pillow cuts down without a word."""
+    """Refuse colours of more than 8 bits, which Pillow truncates silently."""
     how = image.tile[0].args if image.tile else ""
     is_deep = {
         "PNG": isinstance(how, str) and how.endswith(";16B"),

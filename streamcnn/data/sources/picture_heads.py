@@ -1,4 +1,4 @@
-"""How large a picture in a TIFF's tile is, by its own head: what a decoder would take memory for."""
+"""Sizes of pictures within a TIFF's tiles, from their heads: decoders would allocate that much."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from tifffile import COMPRESSION
 
 _JPEG = frozenset({COMPRESSION.OJPEG, COMPRESSION.JPEG, COMPRESSION.JPEG_LOSSY, COMPRESSION.ALT_JPEG})
 _HEAD_BYTES = 2**12
-"""In which the size stands, for all but JPEG."""
+"""Bytes at the start of a file that contain the size, for all but JPEG."""
 _JXL_BITS = (9, 13, 18, 30)
 _JXL_RATIOS = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
 
 
 def picture_size(data: bytes, compression: int) -> tuple[int, int] | None:
-    """Height and width in pixels of a picture of TIFF's ``compression``; None where that is not known.
+    """Height and width in pixels of a picture in TIFF's ``compression``; None if unknown.
 
-    JPEG, JPEG 2000, JPEG XL, JPEG XR, PNG, WebP and LERC say it.
+    They are known for JPEG, JPEG 2000, JPEG XL, JPEG XR, PNG, WebP and LERC.
     """
     try:
         return _size_of_jpeg(data) if compression in _JPEG else _size_by_magic(data[:_HEAD_BYTES])
@@ -27,7 +27,7 @@ def picture_size(data: bytes, compression: int) -> tuple[int, int] | None:
 
 
 def _size_of_jpeg(data: bytes) -> tuple[int, int] | None:
-    """The largest that a frame's header says: a decoder may take any of them."""
+    """The largest size in any frame header, as a decoder may use any of them."""
     return max(_frames(data), key=math.prod, default=None)
 
 
@@ -40,7 +40,7 @@ def _frames(data: bytes) -> Iterator[tuple[int, int]]:
         kind, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
         if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
             yield struct.unpack_from(">HH", data, at + 5)
-        if kind == 0xDA:  # entropy-coded data follow, in which no header stands
+        if kind == 0xDA:  # entropy-coded data follow, without headers
             return
         at += 2 + length
 
@@ -81,7 +81,7 @@ def _size_of_webp(head: bytes) -> tuple[int, int] | None:
 
 
 def _size_of_jpeg_xr(head: bytes) -> tuple[int, int] | None:
-    """Of a directory like a TIFF's, with tags of its own."""
+    """The size from a directory like a TIFF's, with tags of its own."""
     (directory,) = struct.unpack_from("<I", head, 4)
     (count,) = struct.unpack_from("<H", head, directory)
     found: dict[int, int] = {}
@@ -92,7 +92,7 @@ def _size_of_jpeg_xr(head: bytes) -> tuple[int, int] | None:
 
 
 def _size_of_jpeg_xl(head: bytes) -> tuple[int, int] | None:
-    """Of the size header in ISO 18181-1, the first bit of a byte being its lowest."""
+    """The size from the size header in ISO 18181-1, with the lowest bit of a byte first."""
     at = head.find(b"\xff\x0a")
     if at < 0 or len(head) < at + 12:
         return None

@@ -1,4 +1,4 @@
-"""Values as a picture's file has them: Pillow scales grey of few bits, and other maxvals than its own."""
+"""A picture's values as its file has them: Pillow scales grey of few bits, and maxvals other than its own."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _SCALING_DECODER = "ppm"
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """How the file's values come of those that Pillow decodes.
+    """The conversion of values that Pillow decodes to the file's own values.
 
     Attributes
     ----------
     largest
-        Largest value that the file may hold; None for that of the type.
-    scaled_to
-        What Pillow makes of it; None where it leaves values alone.
-    offset
-        Byte at which binary samples begin that are better read without Pillow; None where there are none.
+        Largest value that the file may hold; None for the dtype's.
+        scaled_to
+            The value to which Pillow scales it; None if Pillow does not scale.
+        offset
+            Offset in bytes of binary samples that are better read without Pillow; None if there are none.
     """
 
     largest: int | None = None
@@ -36,7 +36,7 @@ class Values:
     offset: int | None = None
 
     def as_stored(self, pixels: NDArray[Any]) -> NDArray[Any]:
-        """The file's own values, of the same type: scaling up loses nothing."""
+        """The file's own values, in the same dtype; Pillow's scaling loses none."""
         if self.largest is None or self.scaled_to is None:
             return pixels
         wide = pixels.astype(np.uint32)
@@ -46,13 +46,13 @@ class Values:
         return stored.astype(pixels.dtype)
 
     def check(self, pixels: NDArray[Any]) -> None:
-        """Raise `ValueError` if a value is larger than any may be."""
+        """Raise `ValueError` if a value is larger than `largest`."""
         if self.largest is not None and pixels.size and int(pixels.max()) > self.largest:
             raise ValueError(f"a pixel of {int(pixels.max())} where maxval is {self.largest}")
 
 
 def values_of(image: Image) -> Values:
-    """What the picture's head says of its values."""
+    """The conversion for a picture, from its head."""
     if not image.tile:
         return Values()
     codec, _, offset, how = image.tile[0]
@@ -79,7 +79,7 @@ def read_samples(path: str, values: Values, out: NDArray[Any], rows: int) -> Non
     """
     assert values.largest is not None
     assert values.offset is not None
-    stored = np.dtype("u1" if values.largest < 256 else ">u2")  # two bytes have the high one first
+    stored = np.dtype("u1" if values.largest < 256 else ">u2")  # two-byte samples are big-endian
     with open(path, "rb") as file:
         file.seek(values.offset)
         for top in range(0, len(out), rows):

@@ -1,4 +1,4 @@
-"""Where an image's pixels lie in the world, as far as its file says it, for maps that are made of it."""
+"""Size and place of an image's pixels in the world, as far as its file has them, for maps made from it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tifffile import TiffFile, TiffPage, TiffPageSeries
 PIXEL_SCALE, TIEPOINT, TRANSFORMATION = 33550, 33922, 34264
 _GEO_KEYS = 34735
 _GEO_TAGS = (PIXEL_SCALE, TIEPOINT, TRANSFORMATION, _GEO_KEYS, 34736, 34737)
-"""What GeoTIFF adds to TIFF: the last three say which coordinates are meant."""
+"""GeoTIFF's tags; the last three define the coordinate system."""
 _RASTER_TYPE, _IS_POINT = 1025, 2
 _UNITS = {"nm": "nanometer", "µm": "micrometer", "μm": "micrometer", "mm": "millimeter", "cm": "centimeter"}
 """OME-Zarr's names for OME-XML's."""
@@ -24,19 +24,19 @@ Tag = tuple[int, int, int, Any]
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What a file says of its pixels' size and place."""
+    """Size and place of an image's pixels, as in its file."""
 
     size: tuple[int, int]
-    """Height and width in pixels of the image that it says it of."""
+    """Height and width in pixels of the image."""
     spacing: tuple[float, float] | None = None
     """Height and width of a pixel in ``unit``."""
     unit: str = ""
-    """As OME-Zarr names it, ``"micrometer"``; empty if it is not known."""
+    """Unit by OME-Zarr's name, such as ``"micrometer"``; empty if unknown."""
     tags: tuple[Tag, ...] = ()
     """GeoTIFF tags."""
 
     def of_map(self, size: tuple[int, int]) -> Placement:
-        """The same for a map (H, W) of the whole image's extent, with other pixels."""
+        """The placement of a map of ``size`` (H, W) that covers the whole image."""
         strides = self.size[0] / size[0], self.size[1] / size[1]
         spacing = self.spacing and (self.spacing[0] * strides[0], self.spacing[1] * strides[1])
         shift = 0.5 if self._is_point else 0.0
@@ -45,20 +45,20 @@ class Placement:
 
     @property
     def _is_point(self) -> bool:
-        """Whether coordinates are of the centres of pixels, not of their corners."""
+        """Whether coordinates are those of pixels' centres, not of their corners."""
         keys: Sequence[int] = next((values for code, *_, values in self.tags if code == _GEO_KEYS), ())
         entries = (keys[place : place + 4] for place in range(4, len(keys), 4))
         return any(entry[0] == _RASTER_TYPE and entry[3] == _IS_POINT for entry in entries)
 
 
 def _scaled(tag: Tag, strides: tuple[float, float], shift: float) -> Tag:
-    """A GeoTIFF tag for pixels that are so many times as high and wide."""
+    """A GeoTIFF tag for pixels that are ``strides`` times as high and wide."""
     code, kind, count, values = tag
     down, across = strides
     if code == PIXEL_SCALE:
         values = (values[0] * across, values[1] * down, *values[2:])
     elif code == TIEPOINT:
-        # Pixels (column, row, depth) and coordinates (x, y, z), one after the other.
+        # Pixels (column, row, depth), each followed by its coordinates (x, y, z).
         values = tuple(
             (value + shift) / (across, down)[place % 6] - shift if place % 6 < 2 else value
             for place, value in enumerate(values)
@@ -73,7 +73,7 @@ def _scaled(tag: Tag, strides: tuple[float, float], shift: float) -> Tag:
 
 
 def placement_of_tiff(file: TiffFile, image: TiffPageSeries) -> Placement:
-    """That of the full resolution of an image in a TIFF file."""
+    """The placement of the full resolution of an image in a TIFF file."""
     page = image.keyframe
     size = page.imagelength, page.imagewidth
     spacing, unit = _physical_size(file, image) or (None, "")
@@ -81,7 +81,7 @@ def placement_of_tiff(file: TiffFile, image: TiffPageSeries) -> Placement:
 
 
 def _geo_tags(page: TiffPage) -> tuple[Tag, ...]:
-    """GeoTIFF tags of a page, if all that have to be numbers are."""
+    """GeoTIFF tags of a page, if all values that have to be numbers are."""
     tags = (page.tags.get(code) for code in _GEO_TAGS)
     found = tuple((tag.code, int(tag.dtype), tag.count, tag.value) for tag in tags if tag is not None)
     lengths = {PIXEL_SCALE: 3, TRANSFORMATION: 16}
@@ -95,7 +95,7 @@ def _geo_tags(page: TiffPage) -> tuple[Tag, ...]:
 
 
 def _physical_size(file: TiffFile, image: TiffPageSeries) -> tuple[tuple[float, float], str] | None:
-    """Height and width of a pixel by OME-XML, and their unit; None if it does not say them."""
+    """Height and width of a pixel by OME-XML, and their unit; None if it has none."""
     if not file.is_ome or file.ome_metadata is None:
         return None
     try:
@@ -113,7 +113,7 @@ def _physical_size(file: TiffFile, image: TiffPageSeries) -> tuple[tuple[float, 
 
 
 def spacing_of_ome(image: Mapping[str, Any], level: int) -> tuple[tuple[float, float], str] | None:
-    """Height and width of a pixel of a level of an OME-Zarr image, and their unit; None if it says none."""
+    """Height and width of a pixel of a level of an OME-Zarr image, and their unit; None if it has none."""
     axes = image.get("axes")
     if not isinstance(axes, list) or not all(isinstance(axis, Mapping) for axis in axes):
         return None
@@ -141,7 +141,7 @@ def _scale(transformations: Any, ndim: int) -> list[float] | None:
 
 
 def _positive(values: Sequence[Any]) -> tuple[float, float] | None:
-    """Two numbers that a pixel's height and width may be."""
+    """Two numbers, if they can be a pixel's height and width; else None."""
     try:
         height, width = map(float, values)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Where images are: paths and URLs, and the zarr stores that lie there."""
+"""Locations of images: paths and URLs, and their zarr stores."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ ZARR_FILES = ("zarr.json", ".zarray", ".zgroup")
 _METADATA_FILES = (*ZARR_FILES, ".zattrs", ".zmetadata")
 METADATA_BYTES = 2**26
 """Largest file of zarr's metadata."""
-# A Path makes one slash of two.
+# A Path turns two slashes into one.
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/(?P<rest>.*)", re.DOTALL)
 
 
 def place(path: str | Path) -> Path | str:
-    """A path with ``~`` and ``file://`` resolved, or the URL of what is elsewhere.
+    """A path with ``~`` and ``file://`` resolved, or the URL of a remote location.
 
     Raises
     ------
     CorruptImage
-        If a ``file://`` URL names another machine, there is no home folder, or the system can have nothing
-        under such a name or lets nobody look.
+        If a ``file://`` URL names another machine, there is no home folder, the path is impossible on this
+        system, or access is denied.
     """
     where = _resolved(path)
     return where if isinstance(where, str) else looked_at(where)
@@ -49,18 +49,18 @@ def local_path(path: str | Path) -> Path:
     Raises
     ------
     CorruptImage
-        If it is the URL of something elsewhere, and as from `place`.
+        If it is a remote URL, and as from `place`.
     """
     return looked_at(resolved_path(path))
 
 
 def resolved_path(path: str | Path) -> Path:
-    """The same without looking at what is there.
+    """As `local_path`, without a check of what is there.
 
     Raises
     ------
     CorruptImage
-        If it is the URL of something elsewhere, or there is no home folder.
+        If it is a remote URL, or there is no home folder.
     """
     where = _resolved(path)
     if isinstance(where, str):
@@ -89,21 +89,21 @@ def _resolved(path: str | Path) -> Path | str:
 
 
 def looked_at(path: Path) -> Path:
-    """The path itself, if it can be told whether something is there.
+    """The path itself, after a check that its existence can be determined.
 
-    Whoever asks `Path.is_dir` later then meets no error but of a disk that fails meanwhile.
+    Later calls such as `Path.is_dir` then raise only if a disk fails meanwhile.
 
     Raises
     ------
     CorruptImage
-        If the system can have nothing under such a name, or lets nobody look.
+        If the path is impossible on this system, or access is denied.
     """
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError) as error:
-        # Links in a circle are told as what is not there, as by pathlib.
+        # Circular links count as missing, as in pathlib.
         if getattr(error, "errno", None) != errno.ELOOP:
             why = getattr(error, "strerror", None) or error
             raise CorruptImage(
@@ -123,7 +123,7 @@ class RegularFiles(WrapperStore[Store]):
         Raises
         ------
         CorruptImage
-            If it is no regular file, or too large to be metadata.
+            If it is not a regular file, or too large for metadata.
         """
         is_metadata = key.rpartition("/")[2] in _METADATA_FILES
         check_stored(self._store, key, METADATA_BYTES if is_metadata else None)
@@ -131,9 +131,9 @@ class RegularFiles(WrapperStore[Store]):
 
 
 def check_stored(store: Store, key: str, most: int | None) -> None:
-    """Raise `CorruptImage` if what lies under ``key`` blocks, never ends or has more than ``most`` bytes.
+    """Raise `CorruptImage` if ``key`` is not a regular file or has more than ``most`` bytes.
 
-    Stores whose sizes are not known without asking over a network are not looked at.
+    Stores whose sizes are known only by a network request are not checked.
     """
     store = base_store(store)
     size = None
@@ -156,7 +156,7 @@ def zarr_object(path: Path) -> dict[str, Any]:
     Raises
     ------
     CorruptImage
-        If it holds none.
+        If there is none.
     """
     content = read_regular(path, error=CorruptImage, most_bytes=METADATA_BYTES)
     found = parse_json(content, path, error=CorruptImage, finite=False)
@@ -166,14 +166,14 @@ def zarr_object(path: Path) -> dict[str, Any]:
 
 
 def base_store(store: Store) -> Store:
-    """The store that others are wrapped around."""
+    """The innermost store of wrapped stores."""
     while isinstance(store, WrapperStore):
         store = store._store
     return store
 
 
 def zarr_store(where: Path | str) -> tuple[Store, str]:
-    """The store of a folder, a zip file or a URL, and the path of the image inside of it.
+    """The store of a folder, a zip file or a URL, and the path of the image within it.
 
     Raises
     ------
@@ -211,7 +211,7 @@ def zip_root(names: list[str]) -> str | None:
 
 
 def is_zarr_zip(path: Path) -> bool:
-    """Whether a zip file holds a zarr array or group; False where it is damaged."""
+    """Whether a zip file holds a zarr array or group; False if it is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             return zip_root(archive.namelist()) is not None
@@ -220,7 +220,7 @@ def is_zarr_zip(path: Path) -> bool:
 
 
 def holds_zarr(store: Store) -> bool:
-    """Whether a store is that of a zarr array or group."""
+    """Whether a store holds a zarr array or group."""
 
     async def look() -> bool:
         for name in ZARR_FILES:

@@ -1,4 +1,4 @@
-"""What a PNG says of itself behind its pixels, found without decoding them."""
+"""The orientation in a PNG's metadata before or after the pixels, found without decoding them."""
 
 from __future__ import annotations
 
@@ -15,49 +15,49 @@ if TYPE_CHECKING:
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _HEAD_BYTES = 8
 _AROUND_BYTES = 12
-"""Of a chunk: its length, its kind and its checksum."""
+"""Bytes of a chunk's length, kind and checksum."""
 _TELLS = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
-"""Kinds of chunks in which an orientation may be noted: as EXIF, as XMP, or as a text of ImageMagick's."""
+"""Kinds of chunks that may have an orientation: as EXIF, as XMP, or as ImageMagick's text."""
 _MOST_BYTES = 2**24
-"""Of such chunks behind the pixels, together."""
+"""Largest total size in bytes of such chunks after the pixels."""
 
 
 def trailing_orientation(path: str, tag: int) -> int | None:
-    """The orientation that is noted behind the pixels; None where none is.
+    """The orientation in chunks after the pixels; None if there is none.
 
     Parameters
     ----------
     path
-        Of a PNG.
+        The PNG file.
     tag
-        Of EXIF's orientation.
+        EXIF's tag of the orientation.
 
     Raises
     ------
     CorruptImage
-        If that takes more bytes than any note has.
+        If these chunks are implausibly large.
     OSError
-        If it cannot be read.
+        If the file cannot be read.
     """
     chunks = _trailing_chunks(path)
     if not chunks:
         return None
     pillow: Any = require("PIL.Image", extra="pictures")
-    # To Pillow, as a picture of one pixel in which the notes stand before the pixels.
+    # Parsed by Pillow, from a picture of one pixel with these chunks before the pixels.
     with pillow.open(io.BytesIO(_picture_of(chunks)), formats=("PNG",)) as image:
         return leading_orientation(image, tag)
 
 
 def leading_orientation(image: Image, tag: int) -> int | None:
-    """The orientation that is noted before the pixels of an open PNG; None where none is."""
+    """The orientation before the pixels of an open PNG; None if there is none."""
     pillow: Any = require("PIL.Image", extra="pictures")
-    # Not the PNG's own method, which decodes the pixels to look behind them.
+    # Not the PNG's own method, which decodes the pixels to reach later chunks.
     found = pillow.Image.getexif(image).get(tag)
     return None if found is None else int(found)
 
 
 def _trailing_chunks(path: str) -> list[bytes]:
-    """The chunks behind the pixels that may tell an orientation, whole."""
+    """The chunks after the pixels that may have an orientation, complete."""
     found: list[bytes] = []
     at, is_behind = len(_SIGNATURE), False
     with open(path, "rb", buffering=0) as file:

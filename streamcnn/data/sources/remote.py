@@ -1,4 +1,4 @@
-"""Files elsewhere, read part by part, and what is said where a network or a server gives no answer."""
+"""Remote files, read part by part, and errors of networks and servers."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from streamcnn.support.text import without_secrets
 
 _EXTRA = "remote"
 _BLOCK = 2**16
-"""Bytes that are asked for at least, as headers are read a few bytes at a time."""
+"""Smallest request in bytes, as headers are read a few bytes at a time."""
 _NUM_BLOCKS = 32
 REMOTE_BYTES = _NUM_BLOCKS * _BLOCK + 2**22
-"""Bytes that an open file elsewhere takes: blocks that are kept, and buffers of its connection."""
+"""Bytes that an open remote file takes: kept blocks, and buffers of its connection."""
 _CLIENTS = ("aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs")
 """Packages whose errors are those of a network or a server."""
 
 
 @contextmanager
 def using_fsspec(url: str) -> Iterator[Any]:
-    """The module ``fsspec``, with errors of a kind of place that it cannot read as ours.
+    """The module ``fsspec``; its errors for unsupported URLs become ours.
 
     Raises
     ------
     CorruptImage
-        If there are no such URLs.
+        If the URL's protocol is unknown.
     MissingExtra
-        If reading from there needs a package that is not installed.
+        If the protocol needs a package that is not installed.
     """
     fsspec = require("fsspec", extra=_EXTRA)
     shown = without_secrets(url)
@@ -44,7 +44,7 @@ def using_fsspec(url: str) -> Iterator[Any]:
             f"{shown} cannot be read because a package is not installed ({error}): install the optional "
             f"dependencies with  pip install 'streamcnn[{_EXTRA}]'"
         ) from error
-    except ValueError as error:  # fsspec's for a protocol that it does not know
+    except ValueError as error:  # fsspec's error for an unknown protocol
         raise CorruptImage(
             f"{shown} cannot be read: {without_secrets(str(error))}; allowed are paths, file://, https://, "
             "s3://, gs:// and what else fsspec knows"
@@ -52,7 +52,7 @@ def using_fsspec(url: str) -> Iterator[Any]:
 
 
 def trouble(error: BaseException) -> str | None:
-    """Why a place elsewhere gave no answer, and what to do; None of "not found" and of other errors."""
+    """The reason and the remedy of a failed request, as text; None for "not found" and other errors."""
     causes = list(_causes(error))
     clients = [each for each in causes if type(each).__module__.partition(".")[0] in _CLIENTS]
     if not clients:
@@ -82,7 +82,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _status(error: BaseException) -> int | None:
-    """The status of HTTP that an error is about, as each client notes it."""
+    """The HTTP status in an error, as each client stores it."""
     noted = getattr(error, "status", None) or getattr(error, "code", None)
     if noted is None and isinstance(answer := getattr(error, "response", None), dict):
         noted = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -90,9 +90,9 @@ def _status(error: BaseException) -> int | None:
 
 
 class RemoteFile(io.RawIOBase):
-    """A file at a URL, of which only what is asked for is read; blocks of its headers are kept.
+    """A file at a URL, of which only requested parts are read; blocks of its headers are kept.
 
-    It is not safe to be used by several threads at once, as a file is not.
+    Like a file, it must not be used by several threads at once.
 
     Parameters
     ----------
@@ -101,11 +101,11 @@ class RemoteFile(io.RawIOBase):
     Raises
     ------
     CorruptImage
-        If there are no such URLs, or its server sends files only as a whole.
+        If the URL's protocol is unknown, or its server sends only whole files.
     FileNotFoundError
         If there is no file.
     MissingExtra
-        If reading from there needs a package that is not installed.
+        If the protocol needs a package that is not installed.
     """
 
     def __init__(self, url: str) -> None:
@@ -124,7 +124,7 @@ class RemoteFile(io.RawIOBase):
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
         self._lock = threading.Lock()
         if self._size:
-            # What many files end with; and a server that sends all of a file is found out now.
+            # Many files have an index at the end; and a server that sends only whole files is detected now.
             self._block((self._size - 1) // _BLOCK)
 
     def readable(self) -> bool:
@@ -140,17 +140,17 @@ class RemoteFile(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """Go to a position in bytes, from the start, the present one or the end."""
+        """Set the position in bytes, relative to the start, the present position or the end."""
         self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence])
         return self._at
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """The next ``size`` bytes, or those that there are.
+        """The next ``size`` bytes, or fewer at the end of the file.
 
         Raises
         ------
         CorruptImage
-            If the server sends fewer, or files only as a whole.
+            If the server sends fewer, or only whole files.
         """
         left = max(0, self._size - self._at)
         size = left if size is None or size < 0 else min(size, left)
@@ -164,7 +164,7 @@ class RemoteFile(io.RawIOBase):
         return parts[start - first * _BLOCK :][:size]
 
     def readinto(self, buffer: Any, /) -> int:
-        """Fill ``buffer`` with what comes next; how many bytes there were."""
+        """Fill ``buffer`` with the next bytes; return their number."""
         view = memoryview(buffer).cast("B")
         found = self.read(len(view))
         view[: len(found)] = found

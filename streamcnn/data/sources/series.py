@@ -1,4 +1,4 @@
-"""What a file says of the images in it: their names, and the resolutions of each."""
+"""Facts about the images in a file: their names, and the resolutions of each."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class SeriesFacts:
-    """What a file says of one of its images.
+    """Facts about one of a file's images.
 
     Attributes
     ----------
     number
-        What ``series=`` calls it.
-    name
-        Its name in the file, or why it is not opened by default; may be empty.
+        Number of the image, for ``series=``.
+        name
+            Its name in the file, or the reason why it is not opened by default; may be empty.
     levels
         Height and width in pixels of each resolution, the full one first.
     is_default
-        Whether it is opened where no series is asked for.
+        Whether it is opened by default.
     """
 
     number: int
@@ -29,5 +29,5 @@ class SeriesFacts:
 
 
 def taken_of(found: Sequence[SeriesFacts], series: int | None) -> SeriesFacts:
-    """The image that is opened where ``series`` is asked for."""
+    """The image that is opened for ``series``."""
     return next(each for each in found if (each.is_default if series is None else each.number == series))

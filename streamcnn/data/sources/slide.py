@@ -1,4 +1,4 @@
-"""Whole-slide images of microscopes' own formats, through OpenSlide."""
+"""Whole-slide images in vendors' formats, through OpenSlide."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ from streamcnn.support.extras import require
 _WHITE = "FFFFFF"
 _BLOCK = 256
 _CACHE_BYTES = 2**25
-"""Of decoded tiles, that OpenSlide keeps for each open slide."""
+"""Bytes of decoded tiles that OpenSlide keeps for each open slide."""
 _PIXEL_BYTES = 20
-"""RGBA, RGB in four bytes, its bytes in pieces and in one, the region, and that with channels first."""
+"""Bytes for each pixel: RGBA, RGB in four bytes, its bytes in pieces and joined, the region, and the region
+with channels first."""
 _CODEC_BYTES = 2**23
-"""For the tile that is being decoded."""
+"""Bytes for the tile being decoded."""
 
 
 @final
 class SlideSource(FileSource):
     """One level of a whole-slide image as RGB in uint8, over the slide's background colour.
 
-    OpenSlide takes places in pixels of level 0. Where a level's pixels are no whole number of those, a
-    place can only be met to half such a pixel, and colours are interpolated. To give every pixel one value,
-    whatever region it is read with, such a level is read in blocks of fixed places.
+    OpenSlide takes positions in pixels of level 0. If a level's pixel is not a whole number of those,
+    positions are exact only to half a pixel of level 0, and colours are interpolated. To give every pixel the
+    same value in every region, such a level is read in blocks at fixed positions.
 
     Parameters
     ----------
@@ -68,7 +69,7 @@ class SlideSource(FileSource):
 
     @property
     def pieces(self) -> str:
-        """The kind of file."""
+        """Text on the kind of file."""
         return "a slide that OpenSlide reads, with a cache of decoded tiles"
 
     @property
@@ -86,12 +87,12 @@ class SlideSource(FileSource):
             for block in self._blocks(region):
                 self._draw(block, region, out)
         except Exception:
-            self._slides.forget()  # after a fault OpenSlide refuses everything
+            self._slides.forget()  # after an error, OpenSlide refuses all further calls
             raise
         return out.transpose(2, 0, 1)
 
     def _blocks(self, region: Region) -> list[Region]:
-        """Regions to read, of which each covers the part of ``region`` that lies in its block."""
+        """The blocks to read; each covers the part of ``region`` that lies in it."""
         if self._downsample.is_integer():
             return [region]
         rows, cols = (

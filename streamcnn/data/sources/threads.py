@@ -1,7 +1,7 @@
-"""Zarr's threads, started before memory is limited.
+"""Start of zarr's threads before memory is limited.
 
-Zarr reads and decodes chunks on an event loop's thread and a pool of others, which it starts when they are
-first needed. A limit on memory would count the stack of each, 8 MiB, and may refuse it.
+Zarr reads and decodes chunks on an event loop's thread and a thread pool, which it starts at first use. A
+limit on memory would count the stack of each thread, 8 MiB, and might refuse it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _WAIT = 0.002
 
 
 def start_zarr_threads() -> None:
-    """Start all of them, once in every process."""
+    """Start all of zarr's threads, once in every process."""
     _started.get()
 
 
 def _start() -> bool:
-    # As many as Python's pools have unless zarr is told another number, which is then less.
+    # As many as Python's default pools have; zarr's setting, if any, is smaller.
     sync(_occupy(min(32, (os.cpu_count() or 1) + 4)))
     return True
 

@@ -40,43 +40,42 @@ from streamcnn.support.text import without_secrets
 
 _ORIENTATION = 274
 _CHUNK_COPIES = 3
-"""A tile or strip as stored, decoded, and once more where the codec or a predictor makes a copy."""
-_UNKNOWN_AXES = set("QI")  # tifffile's letters for an axis that nothing says a word about
+"""Copies of a tile or strip: as stored, decoded, and one of the codec or a predictor."""
+_UNKNOWN_AXES = set("QI")  # tifffile's letters for an axis of unknown meaning
 
 
 @final
 class TiffSource(FileSource):
     """One level of one image of a TIFF file, of which only the tiles or strips under a region are decoded.
 
-    Pixels that lie uncompressed in one piece are mapped into memory. An image that is one compressed tile
-    or strip is decoded whole when it is first read and kept from then on. Of several tiles or strips, those
-    that are larger than what is read of them are kept, decoded, in a cache; others are decoded each time. The
-    file is open only while it is read. Tiles that a sparse file leaves out read as its fill value.
+    Uncompressed, contiguous pixels are mapped into memory. An image that is a single compressed tile or strip
+    is decoded whole at its first read and kept. Of several tiles or strips, those larger than the part that
+    is read are kept, decoded, in a cache; others are decoded each time. The file is open only while it is
+    read. Tiles that a sparse file lacks read as its fill value.
 
-    Pixels are turned upright as the file's orientation says. Grey is inverted where 0 is white, CMYK and
-    Aperio's YCbCr become RGB, and colours that were multiplied by alpha are divided by it. Pixels that a LERC
-    mask leaves out are NaN.
+    Pixels are made upright by the file's orientation. Grey is inverted if 0 is white, CMYK and Aperio's YCbCr
+    become RGB, and colours multiplied by alpha are divided by it. Pixels outside a LERC mask are NaN.
 
     Parameters
     ----------
-    path : file, or URL of one elsewhere
+    path : file, or URL of a remote one
     series : int, optional
-        Which image of the file. By default it is the largest of full resolution that is no macro, label or
-        thumbnail, the first of equals.
+        Which image of the file. By default the largest of full resolution that is not a macro, label or
+        thumbnail; the first of equals.
     level : resolution of a pyramid; 0 is full
     channels_last : bool, optional
-        Which axis of a stack of three axes is the channels, where the file does not say it; where it does, it
-        may say the same and nothing else.
+        Which axis of a stack of three axes is the channels, if the file does not say it; if it does, this may
+        only agree.
     max_pixels : largest tile or strip, in pixels, that may be decoded
-    cache_bytes : most bytes of decoded tiles or strips that are kept, unless the image is a single one
+    cache_bytes : limit on kept bytes of decoded tiles or strips, unless the image is a single one
 
     Raises
     ------
     CorruptImage
-        If there is no such file, it is no TIFF, damaged or cut short.
-    DatasetMismatch
-        If there is no such image or level, it has other axes, channels elsewhere than is told, too large
-        strips, colours of an unknown kind, or pixels of a type that PyTorch lacks.
+        If there is no such file, or it is not a TIFF, damaged or truncated.
+        DatasetMismatch
+            If there is no such image or level, it has other axes or too large strips, ``channels_last``
+            contradicts it, its colours are of an unknown kind, or PyTorch lacks its dtype.
     MissingExtra
         If its compression needs imagecodecs, which is not installed.
     """
@@ -117,12 +116,12 @@ class TiffSource(FileSource):
 
     @property
     def pieces(self) -> str:
-        """Whether the image is in tiles or strips, and their extents in pixels."""
+        """Text on the tiles or strips of the image, with their extents in pixels."""
         return self._piece
 
     @property
     def reading_cost(self) -> ReadingCost:
-        """Tiles or strips under a region, a few at a time, and those that are kept."""
+        """Tiles or strips under a region, a few at a time, and those kept."""
         opened = self._files.get()
         channels, height, width = self._layout.image_shape(opened.pixels.shape)
         pixel = channels * opened.pixels.dtype.itemsize
@@ -154,7 +153,7 @@ class TiffSource(FileSource):
 
     @property
     def placement(self) -> Placement:
-        """What OME-XML and GeoTIFF tags say of the full resolution, unless it is turned."""
+        """The placement in OME-XML and GeoTIFF tags, for an upright image in full resolution."""
         with opening(self.name, "TIFF"), tiff_file(self._request.path) as file:
             image, _ = _level(self._request, file)
             is_upright = self._orientation.is_upright
@@ -166,7 +165,7 @@ class TiffSource(FileSource):
             start_zarr_threads()
 
     def release(self) -> None:
-        """Let go of the tiles or strips that `held_bytes` counts; the next read decodes them again."""
+        """Release the tiles or strips that `held_bytes` counts; the next read decodes them again."""
         self._files.get().release()
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -184,7 +183,7 @@ class TiffSource(FileSource):
             else:
                 pixels = self._layout.channels_first(opened.cut(self._layout.window(stored)))
         except NotImplementedError:
-            require("imagecodecs", extra="tiff")  # what does without it for other files lacks some cases
+            require("imagecodecs", extra="tiff")  # tifffile's methods without zarr do not handle all cases
             raise
         coloured = pixels if self._colours.is_plain else self._colours.apply(pixels)
         return self._orientation.upright(coloured)
@@ -192,7 +191,7 @@ class TiffSource(FileSource):
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """What a source was asked to open."""
+    """The arguments with which a source was opened."""
 
     path: Path | str
     series: int | None
@@ -210,7 +209,7 @@ class _Request:
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
 class _Opened:
-    """The pixels of a level as an array that reads when it is indexed."""
+    """The pixels of a level, as an array that reads on indexing."""
 
     pixels: zarr.Array[Any] | NDArray[Any]
     store: ZarrTiffStore | None
@@ -219,19 +218,19 @@ class _Opened:
     orientation: Orientation
     stamps: tuple[FileStamp, ...]
     pieces: str
-    """What it is cut into, ``"tiles"`` or ``"strips"``."""
+    """Kind of its pieces, ``"tiles"`` or ``"strips"``."""
     piece: str
-    """The same with their extents, for messages."""
+    """Kind of its pieces with their extents, for messages."""
     is_one_chunk: bool = False
     cache: ChunkCache | None = None
-    """Of tiles or strips that have been read, if there are several."""
+    """Cache of tiles or strips, if there are several."""
     decoded: NDArray[Any] | None = None
-    """All pixels, if they are one tile or strip that has been read."""
+    """All pixels, once read, if they are a single tile or strip."""
     lock: ProcessLock = field(default_factory=ProcessLock)
 
     def __post_init__(self) -> None:
         if self.store is not None:
-            # When a read fails, zarr lets the other tiles' reads run on, and they open the file again.
+            # When a read fails, zarr lets other tiles' reads continue, and they open the file again.
             weakref.finalize(self, _close, self.store, os.getpid())
 
     def held_bytes(self) -> int:
@@ -241,14 +240,14 @@ class _Opened:
         return 0 if self.decoded is None else self.decoded.nbytes
 
     def release(self) -> None:
-        """Let go of all decoded pixels."""
+        """Release all decoded pixels."""
         if self.cache is not None:
             self.cache.clear()
         with self.lock:
             self.decoded = None
 
     def cut(self, window: Window) -> NDArray[Any]:
-        """The pixels of a window; no file stays open after it."""
+        """The pixels of a window; no file stays open afterwards."""
         if self.is_one_chunk:
             with self.lock:
                 if self.decoded is None:
@@ -262,11 +261,11 @@ class _Opened:
             return np.asarray(self.pixels[window])
         finally:
             if self.store is not None:
-                self.store.close()  # it opens its file again when it needs it
+                self.store.close()  # it opens its file again when needed
 
 
 def _close(store: ZarrTiffStore, process: int) -> None:
-    if os.getpid() == process:  # a forked child leaves its parent's files and locks alone
+    if os.getpid() == process:  # a forked child must not touch its parent's files and locks
         store.close()
 
 
@@ -300,7 +299,7 @@ def _open(request: _Request) -> _Opened:
 
 
 def _level(request: _Request, file: TiffFile) -> tuple[TiffPageSeries, TiffPageSeries]:
-    """The image, and that resolution of it which is asked for."""
+    """The image, and the requested resolution of it."""
     shown = without_secrets(str(request.path))
     image = chosen_series(shown, file, request.series)
     check_number(shown, "level", request.level, len(image.levels))
@@ -308,7 +307,7 @@ def _level(request: _Request, file: TiffFile) -> tuple[TiffPageSeries, TiffPageS
 
 
 def _orientation(image: TiffPageSeries, data: TiffPageSeries) -> Orientation:
-    """The level's own; many writers note it for the full resolution alone."""
+    """The level's orientation, else that of the full resolution, as many writers store only this."""
     at_full = image.keyframe.tags.valueof(_ORIENTATION, 1)
     return Orientation(int(data.keyframe.tags.valueof(_ORIENTATION, at_full)))
 
@@ -339,7 +338,7 @@ def _planes(axes: str, shape: tuple[int, ...]) -> str:
 
 
 def _is_one_chunk(request: _Request, data: TiffPageSeries) -> bool:
-    """Whether one tile or strip holds a whole plane; refused where one is too large to be decoded.
+    """Whether one tile or strip holds a whole plane.
 
     Raises
     ------
@@ -358,7 +357,7 @@ def _is_mappable(data: TiffPageSeries) -> bool:
 
 
 def _mapped(data: TiffPageSeries) -> NDArray[Any]:
-    """The pixels, uncompressed and in one piece, as a map of the file."""
+    """The pixels, uncompressed and contiguous, as a memory map of the file."""
     file = data.keyframe.parent
     dtype = np.dtype(file.byteorder + data.dtype.char)
     assert data.dataoffset is not None
@@ -366,7 +365,7 @@ def _mapped(data: TiffPageSeries) -> NDArray[Any]:
 
 
 def _refuse_several_files_elsewhere(request: _Request, data: TiffPageSeries) -> None:
-    """Raise `DatasetMismatch` if planes of an image at a URL lie in files that cannot be looked for there."""
+    """Raise `DatasetMismatch` if planes of an image at a URL are in other files, which cannot be read."""
     if isinstance(request.path, str) and (data.is_multifile or any(page is None for page in data)):
         raise DatasetMismatch(
             f"{request.name} lies in several files: allowed elsewhere than on this machine are images in one "
@@ -375,7 +374,7 @@ def _refuse_several_files_elsewhere(request: _Request, data: TiffPageSeries) -> 
 
 
 def _stamps_of_others(data: TiffPageSeries, main: list[FileStamp]) -> list[FileStamp]:
-    """The other files of an image that lies in several."""
+    """The stamps of the other files of an image in several files."""
     if not data.is_multifile:
         return []
     paths = {page.parent.filehandle.path for page in data if page is not None}

@@ -1,7 +1,7 @@
-"""What a TIFF claims of sizes, compared with what there is before memory is taken for it.
+"""Checks of the sizes that a TIFF claims, before memory is allocated for them.
 
-Tifffile makes a list of as many planes as OME-XML names, opens the files that it names wherever they lie,
-and has codecs of pictures decode what a tile holds, of whatever size that is.
+Tifffile creates a list of as many planes as OME-XML claims, opens the files that it names wherever they are,
+and lets picture codecs decode a tile's content of any size.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from streamcnn.errors import CorruptImage, DatasetMismatch
 from streamcnn.support.documents import require_within
 
 _MOST_PLANES = 2**20
-"""Planes, and parts of a file that hold some."""
+"""Largest number of planes, and of parts of a file that hold planes."""
 _SLACK_PIXELS = 2**16
-"""By which a tile's own picture may be larger than twice the tile."""
+"""Pixels by which a tile's own picture may exceed twice the tile."""
 _COUNTS = {"IFD", "FirstC", "FirstT", "FirstZ", "SamplesPerPixel"}
 _STEPS = ("Start", "End", "Step")
 
 
 def check_ome(name: str, file: TiffFile) -> None:
-    """Raise if a file's OME-XML claims more than can be, or names files that must not be opened.
+    """Raise if a file's OME-XML claims impossible sizes, or names files that must not be opened.
 
     Raises
     ------
     CorruptImage
-        If it is no XML, or a number or a name in it cannot be.
+        If it is not XML, or a number or a name in it is invalid.
     DatasetMismatch
-        If it has too many planes.
+        If there are too many planes.
     """
     text = file.ome_metadata if file.is_ome else None
     if text is None:
@@ -51,7 +51,7 @@ def check_ome(name: str, file: TiffFile) -> None:
                 math.prod(_number(name, element, f"Size{axis}") for axis in axes) for axes in ("CTZ", "YX")
             )
             _check_planes(name, num_planes)
-            # As many planes as the first page's size makes of all pixels.
+            # The number of planes of the first page's size in all pixels.
             _check_planes(name, num_planes * num_pixels // max(1, file.pages.first.size))
         if kind == "TiffData":
             num_parts += max(1, *(_number(name, element, key) for key in ("NumPlanes", "PlaneCount")))
@@ -65,12 +65,12 @@ def check_ome(name: str, file: TiffFile) -> None:
 
 
 def check_micromanager(name: str, file: TiffFile) -> None:
-    """Raise if a file of Micro-Manager goes on in files that must not be opened.
+    """Raise if a Micro-Manager file continues in files that must not be opened.
 
     Raises
     ------
     CorruptImage
-        If one lies elsewhere, or is a pipe, a socket or a device.
+        If one is in another folder, or is a pipe, a socket or a device.
     DatasetMismatch
         If there are too many planes.
     """
@@ -87,7 +87,7 @@ def check_micromanager(name: str, file: TiffFile) -> None:
 
 
 def _number(name: str, element: ElementTree.Element, key: str) -> int:
-    """A whole number among an element's attributes; 0 where it is not there."""
+    """An integer among an element's attributes; 0 if it is missing."""
     text = element.get(key, "0")
     if not (text.isascii() and text.removeprefix("-").isdecimal() and len(text) <= 18):
         raise CorruptImage(f"{name} has OME-XML in which {key} is {text[:80]!r}: allowed are whole numbers")
@@ -111,7 +111,7 @@ def _check_planes(name: str, count: int) -> None:
 
 
 def _check_companion(main: Path, other: str) -> None:
-    """Make sure that a further file of an image lies in its folder, and can be read without end or wait."""
+    """Make sure that a further file of an image is a regular file in the image's folder."""
     path = main.parent / other
     if "\0" in other:
         raise CorruptImage(f"{main} names {other[:80]!r} as a part of its image: allowed are files beside it")
@@ -144,4 +144,4 @@ def bound_pictures(name: str, page: TiffPage, size: tuple[int, int]) -> None:
             )
         return unbounded(data, *args, **options)
 
-    page.__dict__["decode"] = decode  # where tifffile keeps it once it is made
+    page.__dict__["decode"] = decode  # where tifffile caches the decoder

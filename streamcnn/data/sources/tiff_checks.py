@@ -1,6 +1,6 @@
-"""What is asked of a TIFF before its pixels are read: that it can be decoded, and that all of it is there.
+"""Checks of a TIFF before its pixels are read: that it can be decoded, and that it is complete.
 
-Tifffile reads tiles beyond the end of a file as no bytes, which some decoders turn into pixels.
+Tifffile reads tiles beyond the end of a file as empty, which some decoders turn into pixels.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def check_decodable(name: str, page: TiffPage) -> None:
     MissingExtra
         If their compression needs a package that is not installed.
     DatasetMismatch
-        If there is no decoder.
+        If there is no decoder for it.
     """
     try:
         TIFF.DECOMPRESSORS[page.compression]
@@ -44,7 +44,7 @@ def check_decodable(name: str, page: TiffPage) -> None:
 
 
 def check_directories(name: str, file: TiffFile) -> None:
-    """Raise `CorruptImage` if the chain of the file's directories is empty or broken off."""
+    """Raise `CorruptImage` if the chain of the file's directories is empty or broken."""
     if not file.pages:
         raise CorruptImage(f"{name} has no directory of images; {_ADVICE}")
     last = file.pages[len(file.pages) - 1]
@@ -56,7 +56,7 @@ def check_directories(name: str, file: TiffFile) -> None:
 
 
 def check_complete(name: str, series: TiffPageSeries) -> None:
-    """Raise `CorruptImage` if a tile or strip of a level lies beyond the end of its file, naming it."""
+    """Raise `CorruptImage` if a tile or strip of a level is beyond the end of its file; the text names it."""
     if series.dataoffset is not None:
         _check_contiguous(name, series)
         return
@@ -91,7 +91,7 @@ def _check_page(name: str, page: TiffPage | TiffFrame) -> None:
             f"{_ADVICE}"
         )
     offsets, counts = offsets[:needed], counts[:needed]
-    # Without sums, which may overflow in a damaged file.
+    # Without sums, which may overflow for a damaged file.
     beyond = (offsets > size) | (counts > size - np.minimum(offsets, size))
     lost = np.flatnonzero((counts > 0) & (beyond | (offsets < _HEADER_BYTES)))
     if lost.size:

@@ -1,7 +1,7 @@
-"""What the samples of a TIFF mean, and how they become grey, RGB or plain channels.
+"""The meaning of a TIFF's samples, and their conversion to grey, RGB or plain channels.
 
-Black is 0 afterwards, inks are RGB and colours are not multiplied by alpha, as in pictures of other formats.
-What cannot be told is refused by name.
+As in pictures of other formats, the results have black as 0, RGB for inks, and colours that are not
+multiplied by alpha. Unknown meanings are refused; the error names them.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _PLAIN = {
     *(PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB, PHOTOMETRIC.MASK, PHOTOMETRIC.DEPTH_MAP),
     PHOTOMETRIC.SEMANTIC_MASK,
 }
-_CMYK = 1  # of the tag InkSet
+_CMYK = 1  # value of the tag InkSet
 _INK_SET, _MAX_VALUE, _SIGNED_MAX_VALUE = 332, 281, 341
 
 
 COLOUR_BYTES = 64
-"""Bytes of each pixel that working out colours takes at most, beside the samples and the colours."""
+"""Largest number of bytes for each pixel that the conversion takes, besides samples and colours."""
 
 
 class Meaning(Enum):
-    """What is done to the samples of a pixel."""
+    """The conversions of a pixel's samples."""
 
     PLAIN = "as stored"
     INVERTED = "inverted"
@@ -42,18 +42,18 @@ class Meaning(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Colours:
-    """How stored samples ``(C, h, w)`` become channels.
+    """The conversion of stored samples ``(C, h, w)`` to channels.
 
     Attributes
     ----------
     white
-        Largest number that a sample has bits for; None for floats.
-    largest
-        Largest number that the file says there is; None for floats.
-    num_colours
-        How many channels are colours; None for all, where each page is one.
-    alpha
-        Which channel the colours are multiplied by, if any.
+        Largest value that the bits of a sample allow; None for floats.
+        largest
+            Largest value that the file states; None for floats.
+        num_colours
+            Number of channels that are colours; None for all, if each page is a channel.
+        alpha
+            Index of the channel by which colours are multiplied, if any.
     """
 
     meaning: Meaning
@@ -63,11 +63,11 @@ class Colours:
     alpha: int | None = None
 
     def num_channels(self, stored: int) -> int:
-        """Of the image, of those in the file."""
+        """Number of the image's channels, given the number stored in the file."""
         return stored - 1 if self.meaning is Meaning.INKS else stored
 
     def apply(self, pixels: NDArray[Any]) -> NDArray[Any]:
-        """Channels ``(C', h, w)`` of the same type."""
+        """Convert samples to channels ``(C', h, w)`` of the same dtype."""
         pixels = np.asarray(pixels, pixels.dtype.newbyteorder("="))
         match self.meaning:
             case Meaning.INVERTED:
@@ -81,17 +81,17 @@ class Colours:
 
     @property
     def is_plain(self) -> bool:
-        """Whether channels are the samples as they are stored."""
+        """Whether channels are the samples as stored."""
         return self.meaning is Meaning.PLAIN and self.alpha is None
 
 
 def colours_of(name: str, series: TiffPageSeries, *, is_ome: bool) -> Colours:
-    """How the samples of a level become channels.
+    """The conversion of a level's samples to channels.
 
     Raises
     ------
     DatasetMismatch
-        If they are indices or colours of another kind than grey, RGB, CMYK and JPEG's YCbCr.
+        If samples are indices, or colours other than grey, RGB, CMYK and JPEG's YCbCr.
     """
     page = series.keyframe
     meaning = _meaning(name, page, is_ome=is_ome)
@@ -107,8 +107,8 @@ def colours_of(name: str, series: TiffPageSeries, *, is_ome: bool) -> Colours:
 def _meaning(name: str, page: TiffPage, *, is_ome: bool) -> Meaning:
     photometric = page.photometric
     if "PhotometricInterpretation" not in page.tags and photometric == PHOTOMETRIC.MINISWHITE:
-        return Meaning.PLAIN  # the file says nothing, tifffile's number for that is the same
-    # Bio-Formats writes OME-TIFF files of RGB with the number that Aperio uses for YCbCr.
+        return Meaning.PLAIN  # the file has no tag; tifffile's number for that is the same
+    # Bio-Formats writes RGB in OME-TIFF with the number that Aperio uses for YCbCr.
     if photometric == PHOTOMETRIC.RGB and page.compression == _APERIO_YCBCR and not is_ome:
         return Meaning.YCBCR if page.samplesperpixel >= 3 else Meaning.PLAIN
     if photometric == PHOTOMETRIC.MINISWHITE:
@@ -152,9 +152,9 @@ def _white(dtype: np.dtype[Any], page: TiffPage) -> int | None:
 
 
 def _largest(page: TiffPage, white: int | None) -> int | None:
-    """The largest number there is, by the tags that tell how many of 16 bits are used.
+    """The largest value, by the tags that tell how many of 16 bits are used.
 
-    They may hold the largest of this one image, hence the next even number of bits.
+    The tags may hold the largest value in this one image, so it is rounded up to an even number of bits.
     """
     if white is None or not 2**8 < white < 2**16:
         return white
@@ -176,7 +176,7 @@ def _associated_alpha(page: TiffPage) -> int | None:
 
 
 def _check_arithmetic(name: str, dtype: np.dtype[Any], meaning: Meaning, alpha: int | None) -> None:
-    """Refuse types for which there is no rule."""
+    """Refuse dtypes for which there is no conversion."""
     small = dtype.kind == "u" and dtype.itemsize <= 2
     allowed, what = True, meaning.value
     if meaning is Meaning.INVERTED:
@@ -196,7 +196,7 @@ def _check_arithmetic(name: str, dtype: np.dtype[Any], meaning: Meaning, alpha: 
 
 
 def _check_codestream(name: str, page: TiffPage) -> None:
-    """Refuse chroma of a lower resolution, which the decoder would take for RGB already.
+    """Refuse subsampled chroma, which the decoder would mistake for RGB.
 
     The sampling is in the head of the first tile (ISO 15444-1, A.5.1).
     """
@@ -220,7 +220,7 @@ def _inverted(pixels: NDArray[Any], white: int | None) -> NDArray[Any]:
 
 
 def _rgb_of_inks(pixels: NDArray[Any], white: int | None) -> NDArray[Any]:
-    """Without a profile, as Pillow does it: light that neither the ink nor black takes away."""
+    """RGB of CMYK without a profile, as in Pillow: the light that neither the ink nor black absorbs."""
     assert white is not None
     light = np.uint32(white) - pixels[3]
     out = np.empty((len(pixels) - 1, *pixels.shape[1:]), pixels.dtype)
@@ -244,7 +244,7 @@ def _rgb_of_ycbcr(pixels: NDArray[Any]) -> NDArray[Any]:
 
 
 def _divided(pixels: NDArray[Any], alpha: int, white: int | None) -> NDArray[Any]:
-    """Colours that were multiplied by alpha, divided by it; 0 where nothing is to be seen."""
+    """Colours that were multiplied by alpha, divided by it; 0 where alpha is 0."""
     out = pixels.copy()
     opacity = pixels[alpha]
     seen = opacity > 0

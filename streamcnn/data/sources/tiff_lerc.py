@@ -1,4 +1,4 @@
-"""LERC's validity masks: what they leave out is NaN rather than the 0 that decoders put there."""
+"""LERC's validity masks: invalid pixels become NaN, rather than the 0 of decoders."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from streamcnn.support.extras import require
 
 
 def keep_lerc_masks(name: str, page: TiffPage) -> None:
-    """Let the page's decoder mark pixels that a mask leaves out.
+    """Let the page's decoder set invalid pixels to NaN.
 
-    Reading integers of which some are left out then raises `DatasetMismatch`, for they have no NaN.
+    Reading integers with invalid pixels then raises `DatasetMismatch`, as they have no NaN.
     """
     if page.compression != COMPRESSION.LERC:
         return
@@ -27,7 +27,7 @@ def keep_lerc_masks(name: str, page: TiffPage) -> None:
         mask = None if data is None else codecs.lerc_decode(data, masks=True)[1]
         return (pixels if pixels is None or mask is None else _masked(name, pixels, mask), *where)
 
-    page.__dict__["decode"] = decode  # where tifffile keeps it once it is made
+    page.__dict__["decode"] = decode  # where tifffile caches the decoder
 
 
 def _masked(name: str, pixels: NDArray[Any], mask: NDArray[np.bool_]) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""Which of the images in a TIFF file is meant: the largest one that is no macro, label or thumbnail."""
+"""Choice among the images in a TIFF file: by default the largest that is not a macro, label or thumbnail."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ACCESSORY = re.compile(r"(?<![a-z])(macro|label|thumbnail|overview)(?![a-z])")
 
 
 def chosen_series(path: str, file: TiffFile, series: int | None) -> TiffPageSeries:
-    """The image of that number; None is the largest of full resolution, the first of equals.
+    """The image with that number; for None the largest of full resolution, the first of equals.
 
     Raises
     ------
@@ -42,12 +42,12 @@ def all_series(path: str, file: TiffFile) -> list[TiffPageSeries]:
     Raises
     ------
     CorruptImage, DatasetMismatch
-        If its description claims what cannot be.
+        If its description is invalid.
     """
     try:
         check_ome(path, file)
         check_micromanager(path, file)
-        # Of files that an image goes on in, those are opened that were looked at.
+        # Only further files of the image that were checked are opened.
         file._multifile = bool(file.is_ome)
         return file.series
     except MemoryError as error:
@@ -63,14 +63,14 @@ def check_number(path: str, what: str, asked: int, found: int) -> None:
 
 
 def tiff_file(where: Path | str) -> TiffFile:
-    """A TIFF file at a path or a URL, opened.
+    """Open a TIFF file at a path or a URL.
 
     Raises
     ------
     CorruptImage
-        If it is a pipe, a socket or a device, or lies on a server that sends files only as a whole.
+        If it is a pipe, a socket or a device, or is on a server that sends only whole files.
     MissingExtra
-        If reading from there needs a package that is not installed.
+        If reading from the URL needs a package that is not installed.
     OSError
         If there is no such file.
     """
@@ -104,7 +104,7 @@ def tiff_series(path: str | Path) -> list[SeriesFacts]:
 
 
 def _is_accessory(image: TiffPageSeries) -> bool:
-    """Whether it shows another image, or what is beside it on the glass."""
+    """Whether an image is a thumbnail of another, or shows the slide's label or glass."""
     is_named = _ACCESSORY.search(image.name.lower()) is not None
     return is_named or bool(image.keyframe.subfiletype & _REDUCED_OR_MASK)
 

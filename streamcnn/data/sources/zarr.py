@@ -46,40 +46,38 @@ _CHUNK_COPIES = 2
 class ZarrSource(FileSource):
     """An image in a zarr array or OME-Zarr group, of which only the chunks under a region are read.
 
-    Chunks that are larger than what is read of them are kept, decoded, in a cache; others are decoded each
-    time.
+    Chunks larger than the part that is read are kept, decoded, in a cache; others are decoded each time.
 
     Parameters
     ----------
     array_or_path : zarr array, or folder, zip file or URL of one or of an OME-Zarr image
-        Its axes are those that OME metadata, ``dimension_names`` or xarray's ``_ARRAY_DIMENSIONS`` name: rows
-        and columns, in any order, and channels. Any other may be there with extent 1, such as time or depth.
-        Without names two axes ``(H, W)`` are one channel; three are ``(C, H, W)`` or ``(H, W, C)``.
+        OME metadata, ``dimension_names`` or xarray's ``_ARRAY_DIMENSIONS`` name its axes: rows and columns,
+        in any order, and channels; others, such as time or depth, may have extent 1. Without names, two axes
+        ``(H, W)`` are one channel; three are ``(C, H, W)`` or ``(H, W, C)``.
     channels_last : bool, optional
-        Which of the two a three-axis array without names is, or whether an axis of a name that is not known
-        is the channels. By default it is told by the shape, where that leaves no doubt.
+        Which of the two a three-axis array without names is, or whether an axis of an unknown name is the
+        channels. By default the shape decides, if it leaves no doubt.
     level : resolution of an OME-Zarr image; 0 is full
     series : which of several images, as bioformats2raw writes them
-        By default the first that is no label or overview of a slide.
-    index : plane to take of each axis that is longer than 1 and no channels, by the axis's name
+        By default the first that is not a slide's label or overview.
+        index : plane to take of each other axis longer than 1, by the axis's name
     missing_chunks : ``"some"``, ``"fill"`` or ``"error"``
-        Whether reading a chunk that is not in the store gives the array's fill value, which is how zarr
-        stores constant areas, or a `CorruptImage`. With ``"some"`` an array of which no chunk is there is
-        refused when it is opened; with ``"fill"`` it is not. Images written by `write_zarr_image` have all
-        their chunks; other writers leave out those that hold the fill value alone unless they are told to
-        ``write_empty_chunks``.
+        Whether a missing chunk reads as the array's fill value, which is how zarr stores constant areas, or
+        raises `CorruptImage` (``"error"``). With ``"some"``, an array without any chunk is refused on
+        opening; with ``"fill"`` it is not. Images written by `write_zarr_image` have all their chunks; other
+        writers leave out those that hold only the fill value, unless told to ``write_empty_chunks``.
     max_pixels : largest chunk, in pixels, that may be decoded
-    cache_bytes : most bytes of decoded chunks that are kept
-    largest : largest number that a pixel may be, where that is less than its type's; no zarr array says it
+    cache_bytes : limit on kept bytes of decoded chunks
+    largest : largest possible value of a pixel, if below its dtype's, which no zarr array stores
 
     Raises
     ------
     CorruptImage
-        If there is no zarr array or OME-Zarr image at the path, its metadata cannot be read, or none of its
-        chunks is there.
-    DatasetMismatch
-        If the image has other axes or such as are not certain, no such level, series or plane, too large
-        chunks, or pixels of a type that PyTorch lacks.
+        If there is no zarr array or OME-Zarr image at the path, its metadata cannot be read, or all of its
+        chunks are missing.
+        DatasetMismatch
+            If the image has other or uncertain axes, no such level, series or plane, or too large chunks, or
+            PyTorch lacks its dtype.
     MissingExtra
         If reading from a URL needs a package that is not installed.
     """
@@ -121,7 +119,7 @@ class ZarrSource(FileSource):
         with opening(name, "zarr array"):
             self._guarded = PerProcess(_Guarding(name, array, missing_chunks))
             self._guarded.get()
-            if missing_chunks != "fill" or array.metadata.zarr_format == 2:  # v3 says how chunks are named
+            if missing_chunks != "fill" or array.metadata.zarr_format == 2:  # v3 stores how chunks are named
                 array = with_present_chunks(name, array, may_be_empty=missing_chunks == "fill")
                 self._guarded = PerProcess(_Guarding(name, array, missing_chunks))
         self._array = array
@@ -142,19 +140,19 @@ class ZarrSource(FileSource):
 
     @property
     def most_held_bytes(self) -> int:
-        """Bytes of decoded chunks that the source may come to keep."""
+        """Largest number of bytes of decoded chunks that the source may keep."""
         return self._caches.get().most_bytes()
 
     @property
     def pieces(self) -> str:
-        """Extents of the chunks, in the array's own axis order."""
+        """Text on the chunks, with their extents in the array's own axis order."""
         return described("zarr chunks", self.chunks)
 
     @property
     def reading_cost(self) -> ReadingCost:
-        """Chunks under a region, as stored and decoded, and those that are kept.
+        """Chunks under a region, as stored and decoded, and those kept.
 
-        Of an array with shards all chunks are in memory at once, else a few at a time.
+        For an array with shards, all chunks under a region are in memory at once, else a few at a time.
         """
         array = self._array
         at_once = zarr.config.get("async.concurrency") if array.shards is None else None
@@ -170,7 +168,7 @@ class ZarrSource(FileSource):
 
     @property
     def placement(self) -> Placement:
-        """What OME-Zarr metadata say of the size of a pixel of this level."""
+        """The size of a pixel of this level, from OME-Zarr metadata."""
         (array_or_path,), chosen = self._request.args, self._request.keywords
         node = array_or_path if isinstance(array_or_path, zarr.Array) else open_node(array_or_path)
         if isinstance(node, zarr.Array):
@@ -183,7 +181,7 @@ class ZarrSource(FileSource):
         start_zarr_threads()
 
     def release(self) -> None:
-        """Let go of the chunks that `held_bytes` counts; the next read decodes them again."""
+        """Release the chunks that `held_bytes` counts; the next read decodes them again."""
         self._caches.get().clear()
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -202,11 +200,11 @@ class ZarrSource(FileSource):
 def write_zarr_image(path: str | Path, image: Tensor, *, chunk: int = CHUNK) -> None:
     """Write an image ``(C, H, W)`` as a compressed zarr array with a checksum in every chunk.
 
-    Chunks that hold nothing but zeros are written too, so that a lost one can be told from them.
+    Chunks of zeros are written too, so that a lost chunk can be distinguished from them.
 
     Parameters
     ----------
-    path : folder of the array; an array that is there is replaced
+    path : folder of the array; an existing array is replaced
     image : Tensor ``(C, H, W)`` of a dtype that NumPy has
     chunk : height and width of the chunks in pixels; each holds all channels
     """
@@ -224,7 +222,7 @@ def write_zarr_bands(
     *,
     chunk: int = CHUNK,
 ) -> None:
-    """Write an image as `write_zarr_image` does, from bands of ``chunk`` rows, the topmost first."""
+    """Write an image as `write_zarr_image` does, from bands of ``chunk`` rows, from the top."""
     channels, height, width = shape
     array = zarr.create_array(
         str(path),
@@ -241,7 +239,7 @@ def write_zarr_bands(
 
 
 class _Guarding:
-    """Opens the array for one process; a store that may hold open files is copied for a forked one."""
+    """Opens the array for one process; a store that may hold open files is copied in a forked process."""
 
     def __init__(self, name: str, array: ZarrArray, missing: MissingChunks) -> None:
         self._name = name
@@ -320,12 +318,12 @@ def _layout(
 
 
 def _check_chunks(name: str, array: ZarrArray, layout: Layout, max_pixels: int) -> None:
-    """Raise `DatasetMismatch` if a chunk, of all that it holds beside an image's pixels, is too large."""
+    """Raise `DatasetMismatch` if a chunk, including other planes that it holds, is too large."""
     channels, height, width = layout.image_shape(array.chunks)
     others = [extent for axis, extent in zip(layout.axes, array.chunks, strict=True) if axis not in "CYX"]
     check_piece(name, "chunks", (height, width), channels * math.prod(others), max_pixels)
 
 
 def _reopen(request: Callable[[], ZarrSource]) -> ZarrSource:
-    """The pickle of a `ZarrSource` is what it was made from."""
+    """Make a `ZarrSource` again from its arguments, which are its pickle."""
     return request()
