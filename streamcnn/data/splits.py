@@ -1,4 +1,4 @@
-"""Names of splits: what people call the images to train on, to validate on and to test on."""
+"""Names of splits in the spellings that people use for training, validation and test images."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ _NUMBERED_PARTS = {
 
 
 def canonical(text: str) -> str:
-    """``"train"``, ``"val"`` or ``"test"`` in whichever spelling; any other name as it is.
+    """``"train"``, ``"val"`` or ``"test"`` for any of its spellings; any other name unchanged.
 
-    Case, separators and words such as "set" make no difference; digits do.
+    Case, separators and words such as "set" do not matter; digits do.
     """
     return _split_of(re.sub(r"[\W_]+", "", _plain(text))) or text
 
 
 def split_of_folder(name: str) -> str | None:
-    """The split that a folder's name says, whatever digits are in it; None if it says none."""
+    """The split that a folder's name means, ignoring digits; None if it means none."""
     return _split_of(re.sub(r"[\W\d_]+", "", _plain(name)))
 
 
 def is_some_part(name: str) -> bool:
-    """Whether a folder's name says that it is a part of the data, such as a fold, and not which split."""
+    """Whether a folder's name means a part of the data, such as a fold, but no split."""
     words = re.sub(r"[\W\d_]+", "", _plain(name))
     return words in _PARTS or (words in _NUMBERED_PARTS and re.search(r"\d", name) is not None)
 
 
 def split_within(name: str) -> str | None:
-    """The split that the first or the last word of a folder's name says, as in ``train_cat``."""
+    """The split that the first or the last word of a folder's name means, as in ``train_cat``."""
     words = [word for word in re.split(r"[\W\d_]+", _plain(name)) if word]
     if len(words) < 2:
         return None

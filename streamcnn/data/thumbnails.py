@@ -1,4 +1,4 @@
-"""Small pictures of large images, read part by part, with boxes around what is known to be there."""
+"""Thumbnails of large images, read part by part, with optional boxes."""
 
 from __future__ import annotations
 
@@ -13,27 +13,26 @@ from streamcnn.geometry.regions import Interval, Region
 from streamcnn.support.extras import require
 
 PART_PIXELS = 2**22
-"""Pixels that are read at a time, at least a block."""
+"""Pixels that are read at a time; at least a block."""
 _BOX_COLOUR, _ON_BOX = (255, 96, 0), (255, 255, 255)
 _FONT, _TAG = 13, 15
-"""Height in pixels of what is written beside a box, and of the patch under it."""
+"""Height in pixels of the text beside a box, and of the patch under it."""
 
 
 def thumbnail(source: ImageSource, edge: int, boxes: Sequence[dict[str, Any]] = ()) -> Any:
-    """A Pillow picture of ``edge`` pixels on the longer side, shrunk by averaging.
+    """A Pillow picture of ``edge`` pixels on the longer side, downsampled by averaging.
 
-    The first three channels are red, green and blue; of one or two, the first is grey.
+    The first three channels are red, green and blue; with one or two channels, the first is grey.
 
     Parameters
     ----------
     source
-        Integers from 0 to the largest that the image says, or floats from 0 to 1; what is beyond, or NaN, is
-        shown as the nearest of these, and as black.
-    edge
-        In pixels. A smaller image keeps its size.
-    boxes
-        What to mark: ``box`` as (top, left, bottom, right) in pixels of the image, and ``value``, which is
-        written beside it.
+        Integers from 0 to the image's largest possible value, or floats from 0 to 1. Values beyond are
+        clipped, and NaN is black. edge
+            Length in pixels. A smaller image keeps its size.
+        boxes
+            Boxes to mark: ``box`` as (top, left, bottom, right) in pixels of the image, and ``value``, which
+            is written beside it.
 
     Raises
     ------
@@ -43,7 +42,7 @@ def thumbnail(source: ImageSource, edge: int, boxes: Sequence[dict[str, Any]] = 
     pillow = require("PIL.Image", extra="plots")
     _, height, width = source.shape
     scale = min(1.0, edge / max(height, width))
-    # Averaged by whole pixels first, so that Pillow need not have the whole image.
+    # Averaged by an integer factor first, so that Pillow does not need the whole image.
     small = pillow.fromarray(shrunk(source, max(1, max(height, width) // edge)))
     size = max(1, round(width * scale)), max(1, round(height * scale))
     picture = small.resize(size, pillow.Resampling.BOX)
@@ -56,7 +55,7 @@ def thumbnail(source: ImageSource, edge: int, boxes: Sequence[dict[str, Any]] = 
 
 
 def _write_tag(draw: Any, text: str, corner: tuple[float, float]) -> None:
-    """Write on a patch of the box's colour, for what lies under it may be of any."""
+    """Write on a patch of the box's colour, as the picture below may have any colour."""
     left, top = corner
     width = draw.textlength(text, font_size=_FONT)
     draw.rectangle((left, top, left + width + 3, top + _TAG - 1), fill=_BOX_COLOUR)
@@ -64,18 +63,18 @@ def _write_tag(draw: Any, text: str, corner: tuple[float, float]) -> None:
 
 
 def shrunk(source: ImageSource, factor: int) -> NDArray[np.uint8]:
-    """The means of blocks of ``factor`` pixels, (h, w, 3); blocks at the right and lower edge may be cut."""
+    """Means of ``factor`` x ``factor`` blocks of pixels, (h, w, 3); those at the far edges may be smaller."""
     means = _in_parts(source, factor, lambda region: block_means(colours(source, region), factor))
     return np.ascontiguousarray(means.round().astype(np.uint8).transpose(1, 2, 0))
 
 
 def sampled(source: ImageSource, factor: int) -> NDArray[Any]:
-    """Every ``factor``-th pixel of both sides from the first on, (C, h, w), as it is stored."""
+    """Every ``factor``-th row and column, from the first on, as stored: (C, h, w)."""
     return _in_parts(source, factor, lambda region: source.read(region).numpy()[:, ::factor, ::factor])
 
 
 def _in_parts(source: ImageSource, factor: int, small: Callable[[Region], NDArray[Any]]) -> NDArray[Any]:
-    """What ``small`` makes of each part (C, h, w), which has whole blocks of ``factor`` pixels, as one."""
+    """Apply ``small`` to parts of the image with whole blocks of ``factor`` pixels, and join the results."""
     _, height, width = source.shape
     columns = factor * max(1, min(-(-width // factor), PART_PIXELS // factor**2))
     rows = factor * max(1, PART_PIXELS // (factor * columns))
@@ -92,16 +91,16 @@ def _in_parts(source: ImageSource, factor: int, small: Callable[[Region], NDArra
 
 
 def colours(source: ImageSource, region: Region) -> NDArray[np.float32]:
-    """Red, green and blue of a region from 0 to 255, (3, h, w), 0 where a pixel is NaN; see `thumbnail`."""
+    """Red, green and blue of a region, (3, h, w) from 0 to 255, and 0 for NaN; see `thumbnail`."""
     wanted = [0, 1, 2] if source.shape[0] >= 3 else [0, 0, 0]
     pixels = source.read(region).numpy()[wanted]
     scaled: NDArray[np.float32] = pixels.astype(np.float32) * np.float32(255 / (source.largest or 1))
-    # Pixels that hold nothing would take their whole block with them.
+    # A NaN would make the mean of its whole block NaN.
     return np.nan_to_num(scaled, copy=False, nan=0).clip(0, 255)
 
 
 def block_means(pixels: NDArray[np.float32], factor: int) -> NDArray[np.float32]:
-    """Means of blocks of ``factor`` pixels of (C, h, w); blocks at the right and lower edge may be cut."""
+    """Means of ``factor`` x ``factor`` blocks of (C, h, w); those at the far edges may be smaller."""
     return _means_along(_means_along(pixels, factor, 1), factor, 2)
 
 

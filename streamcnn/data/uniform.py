@@ -1,4 +1,4 @@
-"""What all images of a data set have to have in common: number of channels, type and range of values."""
+"""Properties that all images of a data set must share: number of channels, dtype and range of values."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from streamcnn.support.units import plural
 
 @dataclass(frozen=True, slots=True)
 class ImageKind:
-    """What an image has in common with the others of its data set."""
+    """The properties that an image shares with the others of its data set."""
 
     channels: int
     dtype: str | None
-    """NumPy's name of the pixel type; None where it was not kept."""
+    """NumPy's name of the pixels' dtype; None if it was not stored."""
     largest: int | None
-    """Largest number that a pixel may be; None for floats."""
+    """Largest possible value of a pixel; None for floats."""
 
     @classmethod
     def of(cls, source: ImageSource) -> ImageKind:
-        """That of an open image."""
+        """The kind of an open image."""
         return cls(source.shape[0], str(source.dtype).removeprefix("torch."), source.largest)
 
     @property
     def values(self) -> str:
-        """Type and range, as messages say them."""
+        """Dtype and range as text for messages."""
         return str(self.dtype) if self.largest is None else f"{self.dtype} up to {self.largest}"
 
     @property
     def described(self) -> str:
-        """Channels, type and range, as messages say them."""
+        """Channels, dtype and range as text for messages."""
         return f"{plural(self.channels, 'channel')} of {self.values}"
 
     def has_values_of(self, other: ImageKind) -> bool:
-        """Whether equal numbers are equally bright; those of all floats are, as nothing divides them."""
+        """Whether equal values mean equal brightness; for floats they do, as nothing divides them."""
         if None in (self.dtype, other.dtype):
             return True
         are_floats = [str(each.dtype).rstrip("0123456789") in ("float", "bfloat") for each in (self, other)]
@@ -47,19 +47,19 @@ class ImageKind:
 
 
 def check_alike(where: Path, names: Sequence[str], kinds: Sequence[ImageKind]) -> None:
-    """Make sure that images have as many channels as each other, and values of one type and range.
+    """Make sure that all images have the same number of channels, dtype and range.
 
     Parameters
     ----------
     where
-        The data set.
+        Path of the data set.
     names, kinds
-        Of all its images.
+        Names and kinds of all its images.
 
     Raises
     ------
     DatasetMismatch
-        Naming those that differ from most.
+        If they differ; the text names images that differ from most others.
     """
     _check_channels(where, names, [kind.channels for kind in kinds])
     counts = Counter(kind.values for kind in kinds)
@@ -89,7 +89,7 @@ def _check_channels(where: Path, names: Sequence[str], channels: Sequence[int]) 
 
 
 def kind_of_file(path: Path, choice: ImageChoice = DEFAULT_CHOICE) -> ImageKind:
-    """What an image is, from its head.
+    """The kind of an image, from its head.
 
     Raises
     ------
@@ -116,7 +116,7 @@ def _head_of(path: Path, choice: ImageChoice) -> _Head:
 
 @functools.lru_cache(maxsize=2**16)
 def _head_of_file(path: Path, choice: ImageChoice, size: int, modified_ns: int) -> _Head:
-    """Kept, as a run opens its data set several times; a file that was written again is another one."""
+    """Read a file's head; cached by size and time, as a run opens its data set several times."""
     return _head(path, choice)
 
 

@@ -1,7 +1,7 @@
-"""Integers that do not fit their type: PyTorch goes on with what is left of them, without a word.
+"""Detection of integer overflow, which in PyTorch silently wraps around.
 
-``tile * 2 - 255`` of bytes is such arithmetic. To find it, a function is called with pixels of all values,
-and every operation of its own between integers is compared with the same one in float64.
+An example is ``tile * 2 - 255`` of bytes. To detect it, we call a function with pixels of all values, and
+compare each of its integer operations with the same operation in float64.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from torch.utils._pytree import tree_map
 _WATCHED = frozenset(
     "abs add addcmul copy cumprod cumsum mul neg pow prod rsub square sub sum _to_copy".split()
 )
-"""Operations of arithmetic and conversions, by PyTorch's names; those on bits may cut bits off."""
+"""Arithmetic operations and conversions, by PyTorch's names; bit operations may drop bits on purpose."""
 _MOST_VALUES = 256
-"""Different values of a pixel that are tried."""
+"""Largest number of different values of a pixel that are tried."""
 _MOST_CHANNELS = 64
-"""Channels of which each is tried against the others."""
+"""Largest number of channels that are each tried against the others."""
 _RELATIVE = 1e-6
-"""Error of float64 that counts as none; it has no more than 53 bits."""
+"""Relative error that is attributed to float64, which has only 53 bits."""
 
 
 class Wraps(Exception):
-    """An operation whose result does not fit its type."""
+    """The result of an operation does not fit into its dtype."""
 
     def __init__(self, operation: str, exact: float, got: float, dtype: torch.dtype) -> None:
         super().__init__(f"{operation} of {dtype} gives {got:.16g} where {exact:.16g} is meant")
@@ -39,19 +39,19 @@ class Wraps(Exception):
 def find_wrap(
     function: Callable[[Tensor], Tensor], channels: int, dtype: torch.dtype, values: tuple[int, int]
 ) -> Wraps | None:
-    """What of a function's integer arithmetic does not fit its type, for pixels of ``dtype``.
+    """The first integer operation of a function that overflows for pixels of ``dtype``; None if none does.
 
-    It is called with a tile (1, C, 1, K) on the CPU, whatever device it is meant for. Operations of NumPy and
+    The function is called with a tile (1, C, 1, K) on the CPU, whatever its device. Operations of NumPy and
     of compiled code are not seen.
 
     Parameters
     ----------
     function
-        From a tile (N, C, h, w) to another one.
+        Maps a tile (N, C, h, w) to another one.
     channels, dtype
-        Of the tile: how many there are, and the type of its pixels, integers.
+        Number of the tile's channels, and the integer dtype of its pixels.
     values
-        The least and the largest value that pixels have.
+        The smallest and the largest value of pixels.
     """
     pixels = torch.tensor(_pixels(*values, channels), dtype=torch.float64 if dtype.itemsize == 8 else None)
     tile = pixels.to(dtype).T.reshape(1, channels, 1, -1).contiguous()
@@ -61,14 +61,14 @@ def find_wrap(
     except Wraps as found:
         return found
     except Exception:
-        # These pixels stand for others: what fails with the image's own fails when it is given those.
+        # These pixels are made up: a function that fails on the image's own pixels fails later, on these.
         return None
     return None
 
 
 @contextmanager
 def _random_numbers_kept() -> Iterator[None]:
-    """Run a block that leaves the generators as they are: a function may draw, and is only tried here."""
+    """Restore random generators after the block, as the function, which is only tried here, may draw."""
     of_python, of_numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -79,7 +79,7 @@ def _random_numbers_kept() -> Iterator[None]:
 
 
 def _pixels(least: int, largest: int, channels: int) -> list[list[int]]:
-    """Pixels with all values, or some of many, in all channels; and each channel against the others."""
+    """Pixels with all values, or a sample of many, in all channels; and each channel against the others."""
     step = max(1, (largest - least) // (_MOST_VALUES - 1))
     pixels = [[value] * channels for value in (*range(least, largest, step), largest)]
     for channel in range(min(channels, _MOST_CHANNELS) if channels > 1 else 0):
@@ -89,7 +89,7 @@ def _pixels(least: int, largest: int, channels: int) -> list[list[int]]:
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Carries out every operation on the CPU, and raises `Wraps` where an integer does not fit."""
+    """Carries out every operation on the CPU, and raises `Wraps` if an integer overflows."""
 
     def __torch_dispatch__(
         self,
@@ -113,7 +113,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _compare(name: str, exact: Tensor, result: Tensor) -> None:
-    """Raise `Wraps` where a result is not the exact one, but for what conversions cut off on purpose."""
+    """Raise `Wraps` if a result is not exact, except for what conversions truncate on purpose."""
     got = result.to(torch.float64)
     wanted = exact.trunc().expand_as(got)
     differs = (wanted - got).abs() > _RELATIVE * wanted.abs() + 0.5
@@ -134,5 +134,5 @@ def _wide(value: Any) -> Any:
 
 
 def is_integer(dtype: torch.dtype) -> bool:
-    """Whether numbers of a type are integers, of which bool is none."""
+    """Whether a dtype is an integer type, which bool is not."""
     return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)

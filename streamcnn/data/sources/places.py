@@ -113,7 +113,7 @@ def looked_at(path: Path) -> Path:
 
 
 class RegularFiles(WrapperStore[Store]):
-    """A folder or zip file of which only regular files are read, and metadata of a size that metadata has."""
+    """A store of a folder or zip file that reads only regular files, and metadata of limited size."""
 
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None

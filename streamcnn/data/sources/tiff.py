@@ -153,7 +153,7 @@ class TiffSource(FileSource):
 
     @property
     def placement(self) -> Placement:
-        """The placement in OME-XML and GeoTIFF tags, for an upright image in full resolution."""
+        """The placement of the full resolution, by OME-XML and GeoTIFF tags, unless the image is rotated."""
         with opening(self.name, "TIFF"), tiff_file(self._request.path) as file:
             image, _ = _level(self._request, file)
             is_upright = self._orientation.is_upright

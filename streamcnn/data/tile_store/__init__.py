@@ -1,7 +1,7 @@
 """A folder of images as sharded, compressed zarr arrays, with labels and checksums.
 
-``format.py`` says what lies where, ``arrays.py`` writes one image, ``checks.py`` compares bytes on disk
-with the manifest, ``writer.py`` and ``reader.py`` are the two ends that others use.
+``format.py`` defines the layout and the manifest, ``arrays.py`` writes one image, ``checks.py`` compares
+bytes on disk with the manifest, and ``writer.py`` and ``reader.py`` are the interfaces for other packages.
 """
 
 from streamcnn.data.tile_store.format import Head as Head

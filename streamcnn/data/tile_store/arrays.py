@@ -1,7 +1,7 @@
-"""Write one image as an OME-Zarr 0.5 folder of sharded arrays, shard by shard.
+"""Writing of one image as an OME-Zarr 0.5 folder of sharded arrays, shard by shard.
 
-A shard is the unit of writing and so of memory; the inner chunks are the unit of reading. Codec and chunk
-were chosen by ``benchmarks/tile_codecs.py``.
+A shard is the unit of writing, and so of memory; an inner chunk is the unit of reading. Codec and chunk size
+were chosen with ``benchmarks/tile_codecs.py``.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from streamcnn.geometry.regions import Interval, Region
 CHUNK = 512
 """Edge of an inner chunk in pixels."""
 SHARD_BYTES = 2**24
-"""Most pixels' bytes in one shard: a 4000x4000 image of one byte is one shard."""
+"""Largest number of pixel bytes in a shard: a 4000x4000 image of one byte is one shard."""
 _SMALLEST_LEVEL = 1024
-"""Edge in pixels below which no further level is of use to a viewer."""
+"""Edge in pixels below which a viewer needs no further level."""
 _MEAN_ROWS = 16
 """Rows of a smaller image that are averaged at a time."""
 _RGB = (("R", "FF0000"), ("G", "00FF00"), ("B", "0000FF"))
@@ -39,7 +39,7 @@ ZarrArray = zarr.Array[Any]
 
 
 def num_levels(size: tuple[int, int]) -> int:
-    """How many resolutions of an image of ``size`` (H, W) a viewer has use for."""
+    """Number of resolutions that a viewer needs for an image of ``size`` (H, W)."""
     return 1 + max(0, math.ceil(math.log2(max(size) / _SMALLEST_LEVEL)))
 
 
@@ -52,12 +52,12 @@ def write_image(
     on_shard: Callable[[int, int], None] | None = None,
     pixel: tuple[float, float] | None = None,
 ) -> None:
-    """Write ``source`` and its smaller versions into the empty ``folder``.
+    """Write ``source`` and its lower resolutions into the empty ``folder``.
 
-    Holds a few shards of ``SHARD_BYTES`` at a time, whatever the image's size. Each level halves the one
-    before by averaging 2x2 pixels. ``on_shard`` is told the pixels written so far and in all, of all levels.
-    ``pixel`` is the height and width of a pixel in pixels of another image, which ``source`` covers exactly;
-    None for an image of its own.
+    A few shards of ``SHARD_BYTES`` are in memory at a time, whatever the image's size. Each level halves the
+    one before by averaging 2x2 pixels. ``on_shard`` is called with the pixels written so far and in total,
+    over all levels. ``pixel`` is the height and width of a pixel in pixels of another image that ``source``
+    covers exactly; None if there is no such image.
 
     Raises
     ------
@@ -85,7 +85,7 @@ def _level_sizes(source: ImageSource, levels: int) -> list[tuple[int, int]]:
 
 
 def record_files(folder: Path) -> tuple[dict[str, str], dict[str, ShardRecord]]:
-    """SHA-256 of all metadata and the records of all shards of an image that was written."""
+    """SHA-256 of all metadata, and the records of all shards, of a written image."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {path.relative_to(folder).as_posix(): path for path in paths}
     metadata = {key: path.read_bytes() for key, path in files.items() if path.name == "zarr.json"}
@@ -99,7 +99,7 @@ def record_files(folder: Path) -> tuple[dict[str, str], dict[str, ShardRecord]]:
 
 
 def create_array(group: zarr.Group, path: str, source: ImageSource, *, chunk: int = CHUNK) -> ZarrArray:
-    """An array for the pixels of ``source``, in shards of whole chunks of this edge."""
+    """Create an array for the pixels of ``source``, in shards of whole chunks of edge ``chunk``."""
     shape = source.shape
     dtype = np.dtype(str(source.dtype).removeprefix("torch."))
     return group.create_array(
@@ -113,26 +113,26 @@ def create_array(group: zarr.Group, path: str, source: ImageSource, *, chunk: in
             Crc32cCodec(),
         ),
         dimension_names=("c", "y", "x"),
-        # A black chunk is written like any other, so that a chunk that is not there is a lost one.
+        # Black chunks are written too, so that a missing chunk is a lost one.
         config={"write_empty_chunks": True},
     )
 
 
 def shard_size(shape: tuple[int, int, int], itemsize: int, chunk: int = CHUNK) -> tuple[int, int]:
-    """Height and width of a shard: whole chunks, no more than the image needs and ``SHARD_BYTES`` holds."""
+    """Height and width of a shard: whole chunks, up to the image's size and ``SHARD_BYTES``."""
     channels, height, width = shape
     most = max(1, math.isqrt(SHARD_BYTES // (channels * itemsize * chunk**2)))
     return min(most, math.ceil(height / chunk)) * chunk, min(most, math.ceil(width / chunk)) * chunk
 
 
 def write_shard(array: ZarrArray, region: Region, source: ImageSource) -> None:
-    """Write the pixels of ``source`` in one shard."""
+    """Write the pixels of ``source`` in ``region``, which is one shard."""
     rows, cols = region
     array[:, rows.start : rows.stop, cols.start : cols.stop] = source.read(region).numpy()
 
 
 def shards_of(size: tuple[int, int], array: ZarrArray) -> Iterator[Region]:
-    """The parts of an image of ``size`` (H, W) that are one shard each."""
+    """The regions of an image of ``size`` (H, W) that are one shard each."""
     assert array.shards is not None
     for top in range(0, size[0], array.shards[1]):
         for left in range(0, size[1], array.shards[2]):
@@ -141,7 +141,7 @@ def shards_of(size: tuple[int, int], array: ZarrArray) -> Iterator[Region]:
 
 
 class _Halved(ImageSource):
-    """An image at half the resolution: means of 2x2 pixels, of fewer at the far edges."""
+    """An image at half the resolution: means of 2x2 pixels, or of fewer at the far edges."""
 
     def __init__(self, source: ImageSource) -> None:
         channels, height, width = source.shape
@@ -152,8 +152,8 @@ class _Halved(ImageSource):
     def _read(self, region: Region) -> Tensor:
         rows, cols = region
         found = torch.empty((self.shape[0], *region.size), dtype=self.dtype)
-        # By rows of chunks, and of each only some in floats at a time, which are four times as many bytes:
-        # large blocks that come and go leave holes in the heap that the next ones do not fit into.
+        # By rows of chunks, and only a part of each as floats at a time, which take four times as many bytes:
+        # large temporary blocks fragment the heap.
         for strip in _parts(rows, CHUNK // 2):
             pixels = self._pixels(Region(strip, cols))
             for part in _parts(Interval(0, strip.size), _MEAN_ROWS):
@@ -162,7 +162,7 @@ class _Halved(ImageSource):
         return found
 
     def _pixels(self, region: Region) -> Tensor:
-        """What a region of this image is made of."""
+        """The pixels of the original image for a region of this one."""
         _, height, width = self._source.shape
         rows, cols = region
         wanted = Region(
@@ -172,7 +172,7 @@ class _Halved(ImageSource):
         return self._source.read(wanted)
 
     def _means(self, pixels: Tensor) -> Tensor:
-        # Exact for integers of up to 32 bits, which have no 53 bits even as a sum of four.
+        # Exact for integers of up to 32 bits, as the sum of four has less than 53 bits.
         narrow = self.dtype == torch.float32 or self.dtype.itemsize <= 2
         floats = pixels.to(torch.float32 if narrow else torch.float64)
         means = torch.nn.functional.avg_pool2d(floats, 2, ceil_mode=True)
@@ -180,7 +180,7 @@ class _Halved(ImageSource):
 
 
 def _parts(whole: Interval, extent: int) -> Iterator[Interval]:
-    """An interval in parts of an extent, the last of which may be shorter."""
+    """Divide an interval into parts of ``extent``; the last may be shorter."""
     for start in range(whole.start, whole.stop, extent):
         yield Interval(start, min(start + extent, whole.stop))
 
@@ -206,7 +206,7 @@ def _attributes(
 
 
 def _transformations(level: int, pixel: tuple[float, float] | None) -> list[dict[str, Any]]:
-    """Where the pixels of a level lie, by their centres, as OME-Zarr and napari count."""
+    """Transformations of a level's pixel coordinates, by pixels' centres, as in OME-Zarr and napari."""
     height, width = (edge * 2.0**level for edge in pixel or (1.0, 1.0))
     scale = {"type": "scale", "scale": [1.0, height, width]}
     if pixel is None:
@@ -215,7 +215,7 @@ def _transformations(level: int, pixel: tuple[float, float] | None) -> list[dict
 
 
 def _channels(count: int, largest: int) -> list[dict[str, Any]]:
-    """How a viewer shows grey or red, green and blue, of which ``largest`` is brightest."""
+    """Display settings for grey or red, green and blue, with ``largest`` as the brightest value."""
     colours = _RGB if count == 3 else (("grey", "FFFFFF"),)
     window = {"min": 0, "max": largest, "start": 0, "end": largest}
     return [{"label": label, "color": colour, "active": True, "window": window} for label, colour in colours]

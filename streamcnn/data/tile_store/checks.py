@@ -1,9 +1,8 @@
-"""Compare the bytes of a store with what its manifest says they were.
+"""Comparison of a store's bytes with its manifest.
 
-The codec behind each inner chunk compares a chunk with the checksum that lies beside it; that finds a
-flipped bit and cannot find a file that was exchanged for another good one, or an index that lost a chunk.
-So the manifest keeps those checksums too, and they are compared for every range that is read. Nothing
-more is read for it.
+Zarr's codec compares each inner chunk with the checksum stored beside it. That detects a flipped bit, but not
+a file that was exchanged for another intact one, or an index that lost a chunk. So the manifest also keeps
+these checksums, and they are compared for every range that is read, without reading more.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _ABSENT = np.uint64(2**64 - 1)
 
 
 class CheckedStore(WrapperStore[LocalStore]):
-    """One image's folder, of which every shard must be what ``shards`` says, range by range."""
+    """A store of one image's folder that compares every range read from a shard with ``shards``."""
 
     def __init__(
         self, store: LocalStore, shards: Mapping[str, ShardRecord], chunks_per_shard: Mapping[str, int]
@@ -49,12 +48,12 @@ class CheckedStore(WrapperStore[LocalStore]):
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
-        """The bytes under ``key`` if they are what was written.
+        """The bytes under ``key``, as they were written.
 
         Raises
         ------
         CorruptImage
-            If a shard is missing, or holds something else.
+            If a shard is missing, or its content has changed.
         """
         try:
             check_stored(self._store, key, None)
@@ -85,7 +84,7 @@ def index_bytes(num_chunks: int) -> int:
 
 
 def record_shard(path: Path, num_chunks: int) -> ShardRecord:
-    """The record of a shard file, of which the index and the checksums alone are read."""
+    """The record of a shard file, from its index and checksums alone."""
     with path.open("rb") as file:
         size = path.stat().st_size
         file.seek(size - index_bytes(num_chunks))
@@ -107,7 +106,7 @@ def check_shard(content: bytes, shard: ShardRecord, num_chunks: int, key: str) -
     Raises
     ------
     CorruptImage
-        Naming the shard and the first chunk that differs.
+        If they differ; the text names the shard and the first differing chunk.
     """
     if len(content) != shard.nbytes:
         raise CorruptImage(f"shard {key} has {len(content)} bytes, the manifest says {shard.nbytes}")
@@ -127,7 +126,7 @@ def check_metadata(store: Path, path: Path, sha256: str) -> bytes:
     Raises
     ------
     CorruptImage
-        If it is missing, cannot be read, was changed, or is a link that leads out of ``store``.
+        If it is missing, unreadable or changed, or is a link that leads out of ``store``.
     """
     try:
         content = read_within(store, path, error=CorruptImage)
@@ -160,7 +159,7 @@ def _checksums_by_end(index: bytes, shard: ShardRecord, key: str) -> dict[int, b
 
 
 def _ends(index: bytes) -> list[int]:
-    """Offsets at which the inner chunks that are there end, in rising order."""
+    """Offsets at which existing inner chunks end, in ascending order."""
     entries = np.frombuffer(index[:-CHECKSUM_BYTES], _ENTRY).reshape(-1, 2)
     present = entries[entries[:, 0] != _ABSENT]
     return sorted(int(offset + length) for offset, length in present)

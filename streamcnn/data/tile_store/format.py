@@ -1,4 +1,4 @@
-"""What lies where in a tile store, and the records of its manifest.
+"""The layout of a tile store, and the records of its manifest.
 
 ::
 
@@ -9,8 +9,8 @@
       journal.jsonl             while it is written: the lines of the images that are finished
       writer.lock               held by the process that writes
 
-A manifest is never changed: another one is written beside it and ``complete.json`` replaced in one step,
-so that readers see the old set of images or the new one.
+A manifest is never changed. Another one is written beside it, and ``complete.json`` is replaced in one step,
+so that readers see either the old or the new set of images.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ JOURNAL = "journal.jsonl"
 LOCK = "writer.lock"
 IMAGES = "images"
 NAME = re.compile(r"[A-Za-z0-9_%][A-Za-z0-9_%.() -]*(/[A-Za-z0-9_%][A-Za-z0-9_%.() -]*)*")
-"""Names of images; none leads out of the folder of images."""
+"""Valid names of images, none of which leads out of the folder of images."""
 DTYPES = (
     *("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
     *("float16", "float32", "float64", "bool"),
 )
 MOST_BYTES = 2**30
-"""Largest manifest and journal."""
+"""Largest manifest and journal in bytes."""
 _MOST_LEVELS = 32
 _MANIFEST = re.compile(r"manifest-[0-9a-f]{12}\.jsonl")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHARD = re.compile(r"(0|[1-9][0-9]?)/c/0/(0|[1-9][0-9]{0,9})/(0|[1-9][0-9]{0,9})")
 _STRICT: dict[str, Any] = {"extra": "forbid"}
-"""Pydantic's, for what is read from a manifest."""
+"""Pydantic's settings for values read from a manifest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class ShardRecord:
     Raises
     ------
     ValueError
-        If the size is negative, or a checksum is none.
+        If the size is negative, or a checksum is invalid.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
@@ -85,14 +85,14 @@ class ShardRecord:
             raise ValueError(f"chunk_crc32c={self.chunk_crc32c[:80]!r}: allowed are checksums in base 64")
 
     def chunk_checksums(self) -> list[bytes]:
-        """The checksums of the inner chunks, as stored behind each."""
+        """The checksums of the inner chunks, as stored after each chunk."""
         packed = base64.b64decode(self.chunk_crc32c)
         return [packed[start : start + 4] for start in range(0, len(packed), 4)]
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """One image of a store: what it is, and what its files were when it was written.
+    """The record of one image of a store, and of its files as they were written.
 
     Raises
     ------
@@ -115,13 +115,13 @@ class ImageRecord:
     metadata: Mapping[str, str]
     """SHA-256 of each ``zarr.json``, by path below the image's folder."""
     shards: Mapping[str, ShardRecord]
-    """By path below the image's folder."""
+    """Records of shards, by path below the image's folder."""
     origin: Mapping[str, Any]
     """Where the image came from."""
     truth: Any = None
-    """What is known beyond the label, for evaluation only."""
+    """Ground truth beyond the label, for evaluation only."""
     largest: int | None = None
-    """Largest number that a pixel may be, where that is less than its type's; else None."""
+    """Largest possible value of a pixel, if below its dtype's; else None."""
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -146,7 +146,7 @@ class ImageRecord:
         require_flat("truth", self.truth)
 
     def _require_files(self) -> None:
-        """Make sure that all files are those of an image."""
+        """Make sure that the paths of all files belong to an image."""
         known = {"zarr.json", *(f"{level}/zarr.json" for level in range(self.levels))}
         if self.metadata.keys() != known:
             raise ValueError(f"metadata: allowed are {', '.join(sorted(known))}")
@@ -164,19 +164,19 @@ class ImageRecord:
 
     @property
     def pixel_bytes(self) -> int:
-        """Bytes of all pixels, not compressed, at full resolution."""
+        """Uncompressed bytes of all pixels at full resolution."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def to_json(self) -> str:
         """One line of the manifest."""
         values = asdict(self)
-        if self.largest is None:  # as it was before there were such numbers
+        if self.largest is None:  # as in older versions, which had no such value
             del values["largest"]
         return json.dumps(values, separators=(",", ":"))
 
 
 def _type_max(dtype: str) -> int:
-    """The largest number of a type; 0 for floats, which have none that counts."""
+    """The largest value of a dtype; 0 for floats."""
     if dtype == "bool":
         return 1
     return 0 if dtype.startswith("float") else int(np.iinfo(dtype).max)
@@ -184,12 +184,12 @@ def _type_max(dtype: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What a store says of itself, the first line of its manifest.
+    """The description of a store, which is the first line of its manifest.
 
     Raises
     ------
     ValueError
-        If two classes have one name.
+        If two classes have the same name.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
@@ -197,9 +197,9 @@ class Head:
     kind: str
     """``"ultramnist"`` or ``"images"``."""
     provenance: Mapping[str, Any]
-    """Everything that the images are a function of."""
+    """Everything that determines the images."""
     classes: tuple[str, ...] | None = None
-    """Names of the labels 0, 1, …; None where labels are numbers."""
+    """Names of the labels 0, 1, …; None if labels are numbers."""
 
     def __post_init__(self) -> None:
         if self.classes is not None and len(set(self.classes)) < len(self.classes):
@@ -217,9 +217,9 @@ def parse_head(line: str | bytes, path: Path) -> Head:
     Raises
     ------
     DatasetMismatch
-        If it is another format, or a version that this program cannot read.
-    CorruptImage
-        If it is no head.
+        If it has another format, or a version that is not supported.
+        CorruptImage
+            If it is not such a line.
     """
     found = _parse_line(line, path)
     if found.get("format") != FORMAT or found.get("version") != VERSION:
@@ -232,12 +232,12 @@ def parse_head(line: str | bytes, path: Path) -> Head:
 
 
 def parse_record(line: str | bytes, path: Path) -> ImageRecord:
-    """A line of a manifest that describes an image.
+    """Parse a line of a manifest that describes an image.
 
     Raises
     ------
     CorruptImage
-        If it describes none.
+        If it does not describe one.
     """
     found = _parse_line(line, path)
     name = found.get("name")
@@ -254,7 +254,7 @@ def _parse_line(line: str | bytes, path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Complete:
-    """What ``complete.json`` says."""
+    """The content of ``complete.json``."""
 
     manifest: str
     sha256: str
@@ -280,7 +280,7 @@ def read_complete(folder: Path) -> tuple[Path, str] | None:
     Raises
     ------
     CorruptImage
-        If the file is there and says nothing of the kind.
+        If the file exists but is invalid.
     """
     path = folder / COMPLETE
     try:
@@ -297,7 +297,7 @@ def read_manifest(path: Path, sha256: str) -> tuple[Head, dict[str, ImageRecord]
     Raises
     ------
     CorruptImage
-        If the manifest is missing, was changed, or holds something else.
+        If the manifest is missing, has changed, or is invalid.
     """
     try:
         content = read_within(path.parent, path, error=CorruptImage, most_bytes=MOST_BYTES)

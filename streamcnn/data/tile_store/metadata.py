@@ -1,4 +1,4 @@
-"""What the ``zarr.json`` of a level in a tile store says: one form, the one that is written."""
+"""The ``zarr.json`` of a level in a tile store, of which only the form that we write is allowed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from streamcnn.errors import CorruptImage
 from streamcnn.support.documents import conform, parse_json
 
 _MOST_IN_SHARD = 2**20
-"""Chunks; where they lie is read whole."""
+"""Largest number of chunks in a shard, whose index is read whole."""
 
 Extents = tuple[int, int, int]
 
@@ -44,12 +44,12 @@ class _Sharding:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """A level's array.
+    """The array of a level.
 
     Raises
     ------
     ValueError
-        If shards are not of whole chunks, or of too many.
+        If a shard does not consist of whole chunks, or has too many.
     """
 
     node_type: Literal["array"]
@@ -80,31 +80,31 @@ class Level:
 
 
 def parse_level(content: bytes, where: Path) -> tuple[Level, Any]:
-    """What a level's ``zarr.json`` says, and all that it holds.
+    """Parse a level's ``zarr.json``; return the level and the whole JSON value.
 
     Raises
     ------
     CorruptImage
-        If it is not of the form that is written.
+        If it does not have the form that we write.
     """
     values = parse_json(content, where, error=CorruptImage)
     return conform(Level, values, where, error=CorruptImage), values
 
 
 def chunks_per_shard(folder: Path, metadata: Mapping[str, bytes]) -> dict[str, int]:
-    """Number of inner chunks in a shard by the path of the level.
+    """Number of inner chunks in a shard, by the path of the level.
 
     Parameters
     ----------
     folder
-        Of the image.
+        Folder of the image.
     metadata
-        What its ``zarr.json`` files hold, by path below the folder.
+        Contents of its ``zarr.json`` files, by path below the folder.
 
     Raises
     ------
     CorruptImage
-        If one is not of the form that is written.
+        If one does not have the form that we write.
     """
     return {
         key.rpartition("/")[0]: parse_level(content, folder / key)[0].chunks_per_shard

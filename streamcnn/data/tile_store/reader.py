@@ -1,4 +1,4 @@
-"""Read a tile store: its images as lazy sources, everything compared with the manifest."""
+"""Reading of a tile store: its images as lazy sources, with all bytes compared with the manifest."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ class TileStore:
     Parameters
     ----------
     folder
-        Of the store.
+        Folder of the store.
 
     Attributes
     ----------
     head : Head
-        What the store is and what its images are a function of.
+        Kind of the store, and everything that determines its images.
     records : tuple of ImageRecord
         One for each image, in the order of the manifest.
 
     Raises
     ------
     CorruptImage
-        If there is no store, or its manifest was changed.
-    DatasetMismatch
-        If the store is not finished, or of a version that cannot be read.
+        If there is no store, or its manifest has changed.
+        DatasetMismatch
+            If the store is not finished, or its version is not supported.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -60,12 +60,12 @@ class TileStore:
         return self.folder / IMAGES / record.name
 
     def source(self, record: ImageRecord, *, level: int = 0) -> ImageSource:
-        """An image as a lazy source whose every byte is compared with the manifest.
+        """An image as a lazy source, with every byte compared with the manifest.
 
         Raises
         ------
         CorruptImage
-            If its metadata is missing or was changed.
+            If its metadata is missing or has changed.
         ValueError
             If there is no such level.
         """
@@ -73,18 +73,18 @@ class TileStore:
             raise ValueError(f"level {level} of {record.name}: allowed are 0..{record.levels - 1}")
         for key in record.shards:
             require_within(self.folder, self.path(record) / key, error=CorruptImage)
-        # Nor are chunks looked for: one that is missing is found by the manifest.
+        # Chunks are not searched for either, as the manifest shows missing ones.
         array = self._array(record, level)
         return ZarrSource(array, channels_last=False, missing_chunks="fill", largest=record.largest)
 
     def _array(self, record: ImageRecord, level: int) -> zarr.Array[Any]:
-        """A level of an image, whose metadata is compared with the manifest."""
+        """Open a level of an image, with its metadata compared with the manifest."""
         metadata, folder = self._metadata(record), self.path(record)
         store = CheckedStore(
             LocalStore(folder, read_only=True), record.shards, chunks_per_shard(folder, metadata)
         )
         path = folder / f"{level}/zarr.json"
-        # Not by zarr, which would read the metadata again: small images are opened all the time.
+        # Not with zarr, which would read the metadata again: small images are opened often.
         known, values = parse_level(metadata[f"{level}/zarr.json"], path)
         said = (record.shape[0], *(-(-extent // 2**level) for extent in record.shape[1:]))
         if (known.shape, known.data_type) != (said, record.dtype):
@@ -103,12 +103,12 @@ class TileStore:
         }
 
     def codec(self) -> str | None:
-        """How pixels are compressed, from the first image; None in an empty store.
+        """The codec of pixels, from the first image; None in an empty store.
 
         Raises
         ------
         CorruptImage
-            If that image's metadata is missing or was changed.
+            If that image's metadata is missing or has changed.
         """
         if not self.records:
             return None
@@ -126,7 +126,7 @@ class TileStore:
         return Counter(record.label for record in self.split(split))
 
     def verify(self) -> Iterator[tuple[ImageRecord, CorruptImage | None]]:
-        """Compare each image's files with the manifest, byte by byte; the error where they differ."""
+        """Compare each image's files with the manifest, byte by byte; the error is None if they agree."""
         for record in self.records:
             try:
                 self._verify(record)

@@ -1,7 +1,7 @@
-"""Write a tile store image by image, so that being killed at any moment loses one image at most.
+"""Writing of a tile store image by image; being killed at any moment loses at most one image.
 
-An image is written under a hidden name, flushed, renamed and only then noted in the journal. Started again,
-a writer goes on with what the journal lacks. Readers see nothing of it before ``finish``.
+An image is written under a hidden name, flushed, renamed, and only then added to the journal. A restarted
+writer continues with the images that the journal lacks. Readers see nothing before ``finish``.
 """
 
 from __future__ import annotations
@@ -45,26 +45,26 @@ from streamcnn.support.documents import read_within, require_within
 
 
 class TileStoreWriter:
-    """A store that is made or added to; a ``with`` block that holds the folder's lock.
+    """Creates or extends a store; a context manager that holds the folder's lock.
 
     Parameters
     ----------
     folder
-        Of the store; made if it is not there.
+        Folder of the store; created if missing.
     head
-        What the store is. If the folder has images already, they must be of the same kind and functions of
-        the same things; the names of their labels are kept.
+        Description of the store. Existing images must have the same kind and provenance; the names of their
+        labels are kept.
 
     Raises
     ------
     DatasetMismatch
-        If the folder holds a store with another head, or something that is no store.
+        If the folder holds a store with another head, or something that is not a store.
     CorruptImage
-        If what the folder holds already is damaged, or a link that leads out of it.
+        If existing content is damaged, or is a link that leads out of the folder.
     StreamError
         If another process writes to the folder.
     CannotWrite
-        If there is no room, or the folder may not be written to; then and later.
+        If there is no room, or the folder may not be written to; also from later calls.
     """
 
     def __init__(self, folder: str | Path, head: Head) -> None:
@@ -94,7 +94,7 @@ class TileStoreWriter:
         self._close()
 
     def add(self, record: ImageRecord) -> None:
-        """Note an image whose folder ``write_image_folder`` has written, or another label of one."""
+        """Add an image that ``write_image_folder`` has written, or an image's new label."""
         assert self._journal is not None
         with _told(self.folder / JOURNAL):
             self._journal.write(f"{record.to_json()}\n")
@@ -102,21 +102,21 @@ class TileStoreWriter:
         self.records[record.name] = record
 
     def set_classes(self, classes: tuple[str, ...] | None) -> None:
-        """Give the labels their names; those that the store has already keep theirs."""
+        """Set the names of labels; existing names stay."""
         known = self.head.classes or ()
         assert (classes or ())[: len(known)] == known
         self.head = replace(self.head, classes=classes)
         self._open_journal()
 
     def finish(self, order: Sequence[str] | None = None) -> None:
-        """Make the images visible to readers, by name in ``order`` (default: as they were added)."""
+        """Make the images visible to readers, in the ``order`` of these names (default: as added)."""
         names = list(self.records) if order is None else order
         with _told(self.folder / COMPLETE):
             write_manifest(self.folder, self.head, (self.records[name] for name in names))
             (self.folder / JOURNAL).unlink()
 
     def _resume(self) -> None:
-        """Read what is there already and go on with the journal."""
+        """Read existing images, and resume from the journal."""
         path = self.folder / JOURNAL
         complete = read_complete(self.folder)
         if complete is not None:
@@ -132,7 +132,7 @@ class TileStoreWriter:
         self._open_journal()
 
     def _go_on_with(self, found: Head) -> None:
-        """Refuse to mix images that are functions of different things; keep the names of labels."""
+        """Refuse to mix images of different kind or provenance; keep the names of labels."""
         there, wanted = (_flat({"kind": h.kind, "provenance": h.provenance}) for h in (found, self.head))
         differences = [
             f"{key} is {there.get(key)!r}, asked for is {wanted.get(key)!r}"
@@ -147,7 +147,7 @@ class TileStoreWriter:
         self.head = replace(self.head, classes=found.classes)
 
     def _open_journal(self) -> None:
-        """Open the journal behind its last whole line, under the present head."""
+        """Open the journal after its last complete line, with the present head."""
         self._close_journal()
         path = self.folder / JOURNAL
         with _told(path):
@@ -171,12 +171,12 @@ class TileStoreWriter:
 
 
 def check_names(names: Iterable[str], *, in_any_case: bool = False) -> None:
-    """Refuse names of which one is a folder in another's path, on disks that do not tell case too if asked.
+    """Refuse a name that is a folder in another's path; if asked, also on case-insensitive disks.
 
     Raises
     ------
     DatasetMismatch
-        Naming two such images.
+        If there are such images; the text names two.
     """
     known = {name.casefold() if in_any_case else name: name for name in names}
     for key, name in sorted(known.items()):
@@ -201,17 +201,17 @@ def write_image_folder(
     on_shard: Callable[[int, int], None] | None = None,
     on_read: Callable[[], None] | None = None,
 ) -> ImageRecord:
-    """Write one image into ``store`` and return its record; any process may do it.
+    """Write one image into ``store`` and return its record; any process may call it.
 
-    An image of that name is replaced. ``on_shard`` is told the pixels written so far and in all. ``on_read``
-    is called when all pixels are read and nothing is replaced yet; if it raises, nothing will be.
+    An image of that name is replaced. ``on_shard`` is called with the pixels written so far and in total.
+    ``on_read`` is called after all pixels are read and before anything is replaced; if it raises, nothing is.
 
     Raises
     ------
     ValueError
-        If the name could not be a folder's on every system.
+        If not every system allows the name for a folder.
     DatasetMismatch
-        If the name is a folder of other images, or lies in one, or pixels have a type that no store has.
+        If the name is a folder of other images, or is inside an image, or a store cannot hold the dtype.
     CorruptImage
         If the source cannot be read, or a link leads out of the store.
     CannotWrite
@@ -231,9 +231,9 @@ def write_image_folder(
     target = store / IMAGES / name
     require_within(store, target, error=CorruptImage)
     _refuse_to_hide(target, store / IMAGES)
-    # Two processes that write one image, against the rules, at least do not mix their files.
+    # If two processes write one image, against the rules, at least their files do not mix.
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    # All smaller levels together are a third of the first.
+    # All lower levels together have a third of the first one's pixels.
     with _told(target, math.prod(source.shape) * source.dtype.itemsize * 4 // 3):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -246,7 +246,7 @@ def write_image_folder(
             if on_read is not None:
                 on_read()
             if target.exists():
-                # Aside in one step, so that none is ever half removed.
+                # Moved away in one step, so that no image is ever half removed.
                 aside = target.with_name(f".{target.name}.{os.getpid()}.old.partial")
                 shutil.rmtree(aside, ignore_errors=True)
                 target.rename(aside)
@@ -271,12 +271,12 @@ def write_image_folder(
 
 
 def _told(path: Path, needed: int | None = None) -> AbstractContextManager[None]:
-    """Say of an error in writing what was written, and that nothing is lost."""
+    """Name the file in an error of writing, and say that nothing is lost."""
     return writing(path, needed=needed, at_most=True, kept="Finished images are kept")
 
 
 def _refuse_to_hide(target: Path, images: Path) -> None:
-    """Refuse a folder that holds other images, or lies in one."""
+    """Refuse a folder that holds other images, or is inside one."""
     inside = any(
         (parent / "zarr.json").exists() for parent in target.parents if parent.is_relative_to(images)
     )
@@ -286,13 +286,13 @@ def _refuse_to_hide(target: Path, images: Path) -> None:
 
 
 def _remove_left(target: Path) -> None:
-    """Remove the image that was there before, and what killed processes left of it."""
+    """Remove the former image, and leftovers of killed processes."""
     for left in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """Refuse a folder with things in it that no store has."""
+    """Refuse a folder with content that a store does not have."""
     if folder.is_dir():
         entries = {entry.name for entry in folder.iterdir()}
         if entries and not entries & {COMPLETE, JOURNAL, LOCK}:
@@ -304,7 +304,7 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _locked(folder: Path) -> FileLock:
-    """The folder's lock, held until it is released or the process ends."""
+    """Take the folder's lock, which is held until it is released or the process ends."""
     lock = FileLock(folder / LOCK, blocking=False)
     try:
         lock.acquire()
@@ -320,7 +320,7 @@ def _locked(folder: Path) -> FileLock:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """The lines of a journal without one that was cut off."""
+    """The complete lines of a journal."""
     try:
         content = read_within(path.parent, path, error=CorruptImage, most_bytes=MOST_BYTES)
     except FileNotFoundError:
@@ -330,7 +330,7 @@ def _whole_lines(path: Path) -> list[str]:
 
 
 def _flat(found: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
+    """Nested mappings as one mapping, with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in found.items():
         if isinstance(value, dict):

@@ -1,8 +1,8 @@
 """UltraMNIST: sums of digits of very different sizes on large, noisy images, generated on demand.
 
 Gupta et al., UltraMNIST Classification: A Benchmark to Train CNNs for Very Large Images (arXiv 2206.12681).
-`layout` decides what an image shows, `background` the noise, `digits` where the digits' images come from,
-and `image` puts them together.
+`layout` chooses the digits and their places, `background` draws the noise, `digits` loads images of digits,
+and `image` combines them.
 """
 
 from streamcnn.data.ultramnist.digits import Digits as Digits

@@ -1,14 +1,14 @@
-"""The noise behind the digits: a turned grid of random cells, joined by XOR with circles and triangles.
+"""The noise behind the digits: a rotated grid of random cells, combined by XOR with circles and triangles.
 
 A binary grid of 12 to 23 cells a side is spread over the canvas and transformed about its centre, in the
-convention of torchvision's RandomAffine (rotation * shear * scale; 0 outside of the grid). The middle half
-is cut out and enlarged to the canvas. Nearest neighbour throughout, where the authors' released code
-resamples with bicubic interpolation and thresholds the result: only pixels along the cells' edges differ.
-Up to four circles and up to four triangles are filled on one mask.
+convention of torchvision's RandomAffine (rotation * shear * scale; 0 outside of the grid). The middle half is
+cropped and enlarged to the canvas. We use nearest neighbour throughout; the authors' released code resamples
+with bicubic interpolation and thresholds the result, which differs only along the cells' edges. Up to four
+circles and up to four triangles are filled on one mask.
 
-Angles and lengths are drawn as integers, and what is inside is decided in integers, so no rounding of a
-machine can show. Pictures are made as *changes*: pixels that differ from the one above them. That takes
-work where something changes and not at every pixel. Position ``(row, col)`` is a pixel's centre.
+Angles and lengths are drawn as integers, and the insides of shapes are decided in integers, so that no
+machine's rounding matters. Pictures are computed as *changes*: pixels that differ from the one above. This
+takes work only where something changes, not at every pixel. Position ``(row, col)`` is a pixel's centre.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Triangle(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Background:
-    """What was drawn for one image: ``cells`` ``(n, n)``, microdegrees, millionths and pixels."""
+    """The draws for one image: ``cells`` ``(n, n)``, microdegrees, millionths and pixels."""
 
     size: int
     cells: Mask
@@ -86,7 +86,7 @@ def draw_background(draws: Draws, size: int) -> Background:
 def changes(background: Background) -> Mask:
     """Where grid XOR shapes differs from the pixel above, ``(size, size)``; above the first row is 0.
 
-    The picture itself is, at each row, the XOR of all rows of this down to there.
+    Each row of the picture itself is the XOR of all rows of this up to it.
     """
     size = background.size
     changed = np.zeros((size, size), dtype=np.bool_)
@@ -128,7 +128,7 @@ def axes_of(background: Background) -> tuple[Axis, Axis]:
 
 
 def sin_cos(microdegrees: int) -> tuple[int, int]:
-    """Sine and cosine times 2^80 by their series, without the rounding of a machine's library."""
+    """Sine and cosine times 2^80 by their series, independent of rounding in a machine's library."""
     angle = microdegrees * _PI * _ONE // (180 * 10**6 * 10**39)
     sums, term = [0, 0, 0, 0], _ONE
     for power in range(32):
@@ -138,7 +138,7 @@ def sin_cos(microdegrees: int) -> tuple[int, int]:
 
 
 def _mark_grid(background: Background, changed: Mask) -> None:
-    """Mark, in ``changed`` without any marks, where the transformed grid differs from the pixel above."""
+    """Mark in ``changed``, which is empty, where the transformed grid differs from the pixel above."""
     size, axes = background.size, axes_of(background)
     cols = np.arange(size, dtype=np.int64)
     changed[0] = colours(background, axes, np.zeros_like(cols), cols)
@@ -146,13 +146,13 @@ def _mark_grid(background: Background, changed: Mask) -> None:
         rows = _crossings(axis, len(background.cells), size)
         inside = (rows > 0) & (rows < size)
         row, col = rows[inside], np.nonzero(inside)[1]
-        # Set, not flipped: a pixel where lines of both axes are crossed comes up twice.
+        # Set, not flipped, as a pixel that crosses lines of both axes occurs twice.
         above = colours(background, axes, row - 1, col)
         changed[row, col] = colours(background, axes, row, col) != above
 
 
 def colours(background: Background, axes: tuple[Axis, Axis], rows: Integers, cols: Integers) -> Mask:
-    """What the transformed grid shows at some pixels of the canvas."""
+    """The values of the transformed grid at some pixels of the canvas."""
     bordered = np.pad(background.cells, 1)
     size, num_cells = background.size, len(background.cells)
     from_centre = 2 * rows + 1 - size, 2 * cols + 1 - size
@@ -182,7 +182,7 @@ def _crossings(axis: Axis, num_cells: int, size: int) -> Integers:
 
 
 def _circle_spans(circle: Circle, size: int) -> Integers:
-    """First row inside and first row behind it per column, ``(2, size)``; both ``size`` if none is."""
+    """First row inside and first row after, for each column, ``(2, size)``; both ``size`` if none is."""
     row, col, radius = circle
     cols = range(max(0, col - radius), min(size, col + radius + 1))
     reach = np.array([isqrt(radius**2 - (at - col) ** 2) for at in cols], dtype=np.int64)
@@ -194,7 +194,7 @@ def _circle_spans(circle: Circle, size: int) -> Integers:
 def _triangle_spans(triangle: Triangle, size: int) -> Integers:
     """As `_circle_spans`."""
     low, high = np.full(size, size, dtype=np.int64), np.full(size, -1, dtype=np.int64)
-    # A vertical edge comes up in both directions, each for one of its ends.
+    # A vertical edge occurs in both directions, each for one of its ends.
     for (row, col), (end_row, end_col) in permutations(triangle, 2):
         if col <= end_col:
             here = slice(col, end_col + 1)

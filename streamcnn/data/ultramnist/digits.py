@@ -1,6 +1,6 @@
 """Images of single digits for generated pictures: MNIST, other IDX files, or scikit-learn's UCI digits.
 
-Each source is given as two sets without a common image, for training and for test.
+Each source gives two sets without a common image, for training and for testing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from streamcnn.errors import CorruptImage, DatasetMismatch
 from streamcnn.support.extras import require
 
 _NUM_DIGITS = 10
-_INK = 128  # of 255 grey levels: the first that counts as ink
+_INK = 128  # the lowest of 255 grey levels that counts as ink
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 _NO_MNIST = (
     "no MNIST digits were given: using scikit-learn's UCI digits, which are fewer and coarser; "
@@ -56,7 +56,7 @@ class Digits:
     train, test : DigitSet
         Every digit is in both.
     notes : tuple of str
-        What the user should be told.
+        Notes to show to the user.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Digits:
 
 
 def load_digits(source: str | Path | None) -> Digits:
-    """Images of digits, as two sets without a common image.
+    """Load images of digits, as two sets without a common image.
 
     Parameters
     ----------
@@ -136,9 +136,9 @@ def _load_uci() -> Digits:
 
 
 def _enlarge(scans: NDArray[np.int64]) -> Mask:
-    """Scans ``(n, 8, 8)`` of 16 grey levels at 28 by 28, linear between their centres, more than 7 is ink.
+    """Scans ``(n, 8, 8)`` of 16 grey levels, interpolated linearly to 28 by 28; more than 7 is ink.
 
-    Integers, since a product of floats right at the threshold depends on the order of its sums.
+    In integers, as a sum of floats at the threshold would depend on the order of summation.
     """
     # The centre of pixel i lies at (4 i - 5) / 14 on the axis of the 8 samples.
     centres = (4 * np.arange(28, dtype=np.int64) - 5).clip(0, 14 * 7)
@@ -170,7 +170,7 @@ def _make_digits(name: str, train: DigitSet, test: DigitSet, notes: list[str], o
 
 
 def _download_mnist() -> Path:
-    """The folder in the user's cache that has MNIST's files, which are fetched where they are missing."""
+    """The folder in the user's cache with MNIST's files; missing ones are downloaded."""
     pooch = require("pooch", extra="ultramnist")
     folder = Path(pooch.os_cache("streamcnn"))
     files = {f"{name}.gz": f"sha256:{digest}" for name, digest in DOWNLOAD_SHA256.items()}

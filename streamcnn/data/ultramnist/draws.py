@@ -1,9 +1,8 @@
 """Random integers that are the same on every machine and with every version of NumPy.
 
-Only the raw 64-bit words of a counter-based bit generator are used, whose values are fixed by its
-definition (Philox4x64-10: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011). What is made
-of them, integers, choices and orders, is written here in integer arithmetic, since NumPy's own methods may
-change between versions.
+Only the raw 64-bit words of a counter-based bit generator are used, whose values are fixed by its definition
+(Philox4x64-10: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011). Integers, choices and
+orders are derived from them here in integer arithmetic, as NumPy's own methods may change between versions.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
-_FORMAT = "streamcnn ultramnist 1"  # part of every key: a change to what is drawn counts it up
+_FORMAT = "streamcnn ultramnist 1"  # part of every key; increased whenever draws change
 _NUM_WORDS = 2**64
 _WORDS_AT_ONCE = 64
 
@@ -24,7 +23,7 @@ T = TypeVar("T")
 
 
 class Draws:
-    """An endless stream of random integers that depends on its name and its key alone.
+    """An endless stream of random integers that depends only on its name and key.
 
     Streams with different names or keys are independent of each other: ``Draws("layout", seed=0, index=3)``.
     """
@@ -39,7 +38,7 @@ class Draws:
     def below(self, stop: int) -> int:
         """One of the integers ``0 <= i < stop``, all equally likely; ``stop`` is at most 2^64."""
         assert 0 < stop <= _NUM_WORDS, stop
-        # The last words would make small integers more likely than large ones: they are drawn anew.
+        # The last words would make small integers more likely than large ones, so they are drawn again.
         fair = _NUM_WORDS - _NUM_WORDS % stop
         word = next(self._words)
         while word >= fair:
@@ -51,7 +50,7 @@ class Draws:
         return low + self.below(high - low + 1)
 
     def weighted(self, weights: Sequence[int]) -> int:
-        """A position in ``weights``, each as likely as the integer that stands there."""
+        """A position in ``weights``, with a probability proportional to its weight."""
         ends = list(accumulate(weights))
         return bisect_right(ends, self.below(ends[-1]))
 

@@ -1,7 +1,7 @@
-"""Write an UltraMNIST set into a tile store, on several processes, from where it was left.
+"""Generation of an UltraMNIST set into a tile store, on several processes, and resumable.
 
-What an image is depends on neither the number of processes nor when the run was stopped and started again.
-Images that are there and were not asked for stay.
+The images depend neither on the number of processes nor on interruptions of the run. Existing images beyond
+the requested ones stay.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Key = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is, after each image."""
+    """The progress of a run, after each image."""
 
     done: int
     total: int
@@ -54,21 +54,21 @@ def generate(
     Parameters
     ----------
     folder
-        Of the tile store; made if it is not there, added to if it was made with the same settings.
+        Folder of the tile store; created if missing, extended if it was made with the same settings.
     spec, digits
-        What the images are functions of.
+        The settings and the digits that determine the images.
     num_train, num_test
-        Images of each split.
+        Number of images of each split.
     workers
-        Processes beside this one, each of which holds one image at a time; 0 does all in this one.
+        Number of worker processes, each of which holds one image at a time; 0 does all work in this one.
 
     Raises
     ------
     DatasetMismatch
         If the folder holds something else.
     StreamError
-        If another process writes to the folder, the disk is full, or a worker is killed. What was finished
-        is kept, and the same call goes on with the rest.
+        If another process writes to the folder, the disk is full, or a worker is killed. Finished images are
+        kept, and the same call continues with the rest.
     """
     keys = [
         (split, index) for split, n in zip(SPLITS, (num_train, num_test), strict=True) for index in range(n)
@@ -86,7 +86,7 @@ def generate(
 
 
 def head_of(spec: Spec, digits: Digits) -> Head:
-    """What a store of these images says of itself."""
+    """The head of a store of these images."""
     provenance = {
         "seed": spec.seed,
         "recipe": spec.recipe.value,
@@ -104,13 +104,13 @@ def name_of(key: Key) -> str:
 
 
 def _in_order(names: Iterable[str]) -> list[str]:
-    """Training images first, each split by index, whatever the order in which workers finished."""
+    """Names sorted by split, training first, and index, whatever order workers finished in."""
     return sorted(names, key=lambda name: (SPLITS.index(name.partition("/")[0]), int(name.partition("/")[2])))
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What every worker knows."""
+    """The data that every worker needs."""
 
     folder: Path
     spec: Spec
@@ -145,10 +145,10 @@ def truth_of(layout: Layout) -> list[dict[str, Any]]:
 
 
 def _on_workers(job: _Job, keys: Iterable[Key], workers: int) -> Iterator[ImageRecord]:
-    """The records of all images, as they are finished."""
+    """The records of all images, in the order in which they are finished."""
     waiting = iter(keys)
     pending: set[Future[ImageRecord]] = set()
-    # Spawned, since a fork would copy PyTorch's and zarr's locks and threads in the middle of something.
+    # Spawned, as a fork would copy locks of PyTorch and zarr in an arbitrary state.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(job,))
     try:
@@ -170,20 +170,20 @@ def _on_workers(job: _Job, keys: Iterable[Key], workers: int) -> Iterator[ImageR
 
 
 _job: _Job | None = None
-"""A worker process's own."""
+"""The job of this worker process."""
 
 
 def _start_worker(job: _Job) -> None:
     global _job
     _job = job
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # One core each: more would fight with the other workers.
+    # One core each, as more would compete with the other workers.
     torch.set_num_threads(1)
     zarr.config.set({"threading.max_workers": 1})
 
 
 def _end_with_parent() -> None:
-    """Stop this process when the one that writes the journal is gone, and its lock with it."""
+    """End this process when the parent, which writes the journal and holds the lock, has ended."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])

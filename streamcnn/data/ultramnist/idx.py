@@ -1,4 +1,4 @@
-"""MNIST's files: images and labels in the IDX format, as they are or compressed with gzip."""
+"""MNIST's files: images and labels in the IDX format, plain or compressed with gzip."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAIRS = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
-# Of the compressed files as MNIST's mirrors offer them, and of what they hold; others compress the same
+# Hashes of the compressed files on MNIST's mirrors, and of their content, as others may compress the same
 # content to other bytes.
 DOWNLOAD_SHA256 = {
     "train-images-idx3-ubyte": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
@@ -40,14 +40,14 @@ _SIDE = 28
 _MAX_LABEL = 9
 _PIECE_BYTES = 2**20
 MOST_BYTES = 2**30
-"""Of a file, decompressed: ten times as much as the largest set of digits."""
+"""Largest decompressed file in bytes: ten times as much as the largest set of digits."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class IdxPair:
     """Grey ``images`` uint8 ``(n, 28, 28)`` and ``labels`` uint8 ``(n,)`` of a pair of files.
 
-    ``unpublished`` are those of the two files whose content is not that of MNIST.
+    ``unpublished`` are those of the two files whose content is not MNIST's.
     """
 
     images: NDArray[np.uint8]
@@ -82,14 +82,14 @@ def read_pair(folder: Path, split: str) -> IdxPair | None:
 
 
 def _find(folder: Path, name: str) -> Path | None:
-    """The file called ``name``, or as some mirrors spell it, plain or compressed."""
+    """The file called ``name``, also in some mirrors' spelling, plain or compressed."""
     spellings = (name, name.replace("-idx", ".idx"))
     candidates = [folder / f"{spelling}{suffix}" for suffix in ("", ".gz") for spelling in spellings]
     return next((path for path in candidates if path.is_file()), None)
 
 
 def _read(path: Path) -> bytes:
-    """What a file holds, of which no more is decompressed than there can be digits."""
+    """The content of a file, decompressed up to the largest plausible size."""
     try:
         with open_regular(path, error=CorruptImage) as file:
             return _bounded(gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file, path)
@@ -102,7 +102,7 @@ def _read(path: Path) -> bytes:
 def _bounded(file: gzip.GzipFile | BinaryIO, path: Path) -> bytes:
     pieces: list[bytes] = []
     total = 0
-    # In pieces, for a buffer is made for as much as is asked for.
+    # In pieces, as a read allocates a buffer of the requested size.
     while piece := file.read(_PIECE_BYTES):
         total += len(piece)
         if total > MOST_BYTES:

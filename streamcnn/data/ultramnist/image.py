@@ -1,4 +1,4 @@
-"""UltraMNIST images: digits XOR background, rendered at once at full size."""
+"""UltraMNIST images: digits XOR background, rendered at full size."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class UltraMnistImage:
 
 
 def make_image(spec: Spec, split: str, index: int, digits: Digits) -> UltraMnistImage:
-    """Image ``index`` of a split; a pure function of its arguments, bit for bit on any machine.
+    """Make image ``index`` of a split; a pure function of its arguments, identical on any machine.
 
     Raises
     ------
@@ -57,7 +57,7 @@ def _choose_glyphs(spec: Spec, split: str, index: int, layout: Layout, source: D
 
 
 def _mark_glyph(changed: Mask, glyph: Mask, box: Region) -> None:
-    """Flip the marks where ``glyph`` ``(28, 28)``, spread over ``box`` by nearest neighbour, changes."""
+    """Flip the marks where ``glyph`` ``(28, 28)``, enlarged to ``box`` by nearest neighbour, changes."""
     side = box.rows.size
     nearest = np.arange(side, dtype=np.int64) * GLYPH_SIDE // side
     lines = np.flatnonzero(np.diff(nearest, prepend=-1))  # rows that may differ from the one above
@@ -65,12 +65,12 @@ def _mark_glyph(changed: Mask, glyph: Mask, box: Region) -> None:
     drawn[1:-1] = glyph[nearest[lines]][:, nearest]
     cols = slice(box.cols.start, box.cols.stop)
     for row, (above, line) in zip([*lines, side], pairwise(drawn), strict=True):
-        # Nothing shows what changes below the last row of the canvas.
+        # Changes below the last row of the canvas have no effect.
         changed[box.rows.start + row : box.rows.start + row + 1, cols] ^= above ^ line
 
 
 def _integrate(changed: Mask) -> NDArray[np.uint8]:
-    """The picture of 0 and 255 whose changes from row to row are given; takes over their memory."""
+    """The picture of 0 and 255 with these changes from row to row, computed in their memory."""
     pixels = changed.view(np.uint8)
     for above, row in pairwise(pixels):
         row ^= above

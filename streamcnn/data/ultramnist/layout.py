@@ -1,9 +1,9 @@
-"""What an UltraMNIST image shows: which digits, how large and where. No pixels here.
+"""The layout of an UltraMNIST image: its digits, their sizes and their places, without pixels.
 
 The set is that of Gupta et al., UltraMNIST Classification (arXiv 2206.12681): 28 classes, the sums 0 to 27
-of three to five digits whose sides go from 14 to 2100 pixels on a canvas of 4000, both extremes likely.
-There are two recipes for the sizes, see `Recipe`, and a third for an easier task. At other canvas sizes all
-lengths are proportional, but for the third's.
+of three to five digits, with sides from 14 to 2100 pixels on a canvas of 4000, both extremes likely.
+There are two recipes for the sizes, see `Recipe`, and a third for an easier task. On other canvas sizes all
+lengths are proportional, except in the third recipe.
 
 Everything is a pure function of its arguments, in integers.
 """
@@ -33,29 +33,29 @@ _HALF = 0  # in the place of a factor: a digit of 14 pixels
 _HALF_SIDE = 14
 _WHOLE = 10**9  # over which the weights of a single digit's sides are integers
 
-# Everything placed so far is taken back after so many tries: in an image, needed only if the first digits
-# cover the whole canvas, and for one place, needed whenever the sizes do not fit together.
+# Numbers of tries after which all places are discarded: for an image, needed only if the first digits cover
+# the whole canvas; for one place, needed whenever the sizes do not fit together.
 FAITHFUL_TRIES = 10_000
 _BALANCED_TRIES = 100
 
 
 class Recipe(enum.Enum):
-    """How sizes are given to digits.
+    """How digits get their sizes.
 
-    ``FAITHFUL`` is what the authors' released code does. Digits are placed in ascending order, and one that
-    overlaps those before it gets a new size along with its new position. Large sizes fit less often the
-    fuller the canvas is, so the size tells the digit: a 0 is about twice as large as a 9.
+    ``FAITHFUL`` follows the authors' released code. Digits are placed in ascending order, and one that
+    overlaps earlier ones gets a new size along with its new position. The fuller the canvas, the less often
+    large sizes fit, so the size reveals the digit: a 0 is about twice as large as a 9.
 
-    ``BALANCED`` gives value, number and sum of the digits no influence on sizes and places. Places for five
-    digits are drawn in every image, and its three to five digits, shuffled, take a random choice of them.
-    A place keeps its size while positions are tried, the largest place first. If one of them finds no free
-    position in 100 tries, all five sizes are drawn anew, whatever the digits. So sizes follow the V-shaped
-    weights on the condition that five such squares were found to fit: the largest are rarer than the weights
-    say, though less so than in ``FAITHFUL``.
+    ``BALANCED`` makes sizes and places independent of the digits' values, number and sum. Places for five
+    digits are drawn in every image, and its three to five digits, shuffled, take a random choice of them. A
+    place keeps its size while positions are tried, the largest place first. If a place finds no free position
+    in 100 tries, all five sizes are drawn again, whatever the digits. So sizes follow the V-shaped weights,
+    given that five such squares fit: the largest are rarer than their weights, though less so than in
+    ``FAITHFUL``.
 
     ``SINGLE`` is an easier task of ten classes for small canvases, not the paper's: one digit, whose value is
-    the label, on an empty canvas. Its side is 14 pixels to half of the canvas, whatever that measures, with
-    a uniform logarithm.
+    the label, on an empty canvas. Its side is from 14 pixels to half of the canvas, of any size, with a
+    uniform logarithm.
     """
 
     FAITHFUL = "faithful"
@@ -64,21 +64,21 @@ class Recipe(enum.Enum):
 
     @property
     def num_classes(self) -> int:
-        """Labels go from 0 to one less."""
+        """Number of classes; labels are from 0 on."""
         return 10 if self is Recipe.SINGLE else NUM_CLASSES
 
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What a generated set is.
+    """The settings of a generated set.
 
     Parameters
     ----------
     seed : int
         0 or more; sets with different seeds are unrelated.
     recipe : Recipe
-        How sizes are given to digits.
-    size : int
+        How digits get their sizes.
+        size : int
         Height and width of the images in pixels, 64 or more.
 
     Raises
@@ -130,7 +130,7 @@ class Layout:
 
 
 class Place(NamedTuple):
-    """A square of pixels and the factor that it was drawn with."""
+    """A square of pixels, and the factor with which it was drawn."""
 
     factor: int
     side: int
@@ -144,9 +144,9 @@ def proportional(length: int, size: int) -> int:
 
 
 def label_of(spec: Spec, split: str, index: int) -> int:
-    """The class of image ``index``; it depends on seed, split, index and the number of classes alone.
+    """The class of image ``index``, which depends only on seed, split, index and the number of classes.
 
-    Every 28 consecutive images from a multiple of 28 on show every class once; likewise with 10 classes.
+    Every 28 consecutive images from a multiple of 28 on have every class once; likewise with 10 classes.
 
     Raises
     ------
@@ -165,8 +165,8 @@ def label_of(spec: Spec, split: str, index: int) -> int:
 def make_layout(spec: Spec, split: str, index: int) -> Layout:
     """The digits of image ``index`` of a split, their sizes and places.
 
-    Which digits, a choice among all sorted groups of three to five with the label as their sum, depends
-    on seed, split and index alone; sizes and places on the recipe and the canvas size as well.
+    The digits are a choice among all sorted groups of three to five with the label as their sum. They depend
+    only on seed, split and index; sizes and places depend on the recipe and the canvas size as well.
 
     Raises
     ------
@@ -209,15 +209,15 @@ def _place_balanced(values: tuple[int, ...], draws: Draws, size: int) -> tuple[P
     num_places = max(_DIGIT_COUNTS)
     places: list[Place] = []
     while len(places) < num_places:
-        # Largest first, so that fewer sizes are given up and the weights are kept better.
+        # Largest first, so that fewer sizes are discarded and their distribution stays closer to the weights.
         factors = sorted((draw_factor(draws) for _ in range(num_places)), reverse=True)
         places = _find_places(factors, draws, size)
-    # How places were found depends on their sizes: without this the first digits would get the largest.
+    # Places are sorted by size, so without this the first digits would get the largest.
     return _show(draws.shuffled(values), draws.shuffled(places))
 
 
 def _find_places(factors: list[int], draws: Draws, size: int) -> list[Place]:
-    """A free place for each of ``factors``, in this order, up to the first that finds none."""
+    """A free place for each of ``factors``, in this order, up to the first without one."""
     places: list[Place] = []
     for factor in factors:
         tries = (draw_place(factor, draws, size) for _ in range(_BALANCED_TRIES))
@@ -229,7 +229,7 @@ def _find_places(factors: list[int], draws: Draws, size: int) -> list[Place]:
 
 
 def _show(values: Sequence[int], places: Sequence[Place]) -> tuple[PlacedDigit, ...]:
-    """The digits at the first of the places."""
+    """Put the digits at the first places."""
     return tuple(_place_digit(value, place) for value, place in zip(values, places, strict=False))
 
 
@@ -245,7 +245,7 @@ def draw_factor(draws: Draws) -> int:
 
 
 def draw_place(factor: int, draws: Draws, size: int) -> Place:
-    """A place for a digit of that enlargement on a canvas of ``size`` pixels, all equally likely."""
+    """A place for a digit enlarged by ``factor`` on a canvas of ``size`` pixels, uniformly distributed."""
     side = proportional(_HALF_SIDE if factor == _HALF else GLYPH_SIDE * factor, size)
     return Place(factor, side, draws.below(size - side + 1), draws.below(size - side + 1))
 
@@ -264,7 +264,7 @@ def _inverse(sides: range) -> tuple[int, ...]:
 
 
 def overlaps(place: Place, others: Sequence[Place]) -> bool:
-    """Whether a pixel would belong to two boxes; boxes that touch without sharing one are apart.
+    """Whether the box of ``place`` shares a pixel with another; boxes that only touch do not.
 
     The released code also accepts two boxes that share a single row or column of pixels.
     """

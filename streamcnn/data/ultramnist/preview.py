@@ -26,25 +26,25 @@ _INK = (0, 0, 0)
 def write_contact_sheet(
     store: TileStore, path: str | Path, *, split: str = "train", edge: int = 320, boxes: bool = False
 ) -> int:
-    """Write a picture with one image of each class that the split has; returns how many.
+    """Write a picture with one image of each class in the split; return the number of classes.
 
     Parameters
     ----------
     path
-        Replaced if it is there, as a whole or not at all.
+        File to write; an existing one is replaced, completely or not at all.
     split
-        However it is spelled, as for ``TileDataset``.
+        Name of the split in any spelling, as for ``TileDataset``.
     edge
-        Of each image on the sheet, in pixels at most; an image is shrunk by averaging.
+        Largest edge of each image on the sheet in pixels; images are downsampled by averaging.
     boxes
         Whether to mark each digit and write its value beside it.
 
     Raises
     ------
     DatasetMismatch
-        If the split has no images, or boxes are wanted and unknown.
-    ValueError
-        If the path's ending is of no kind of picture.
+        If the split has no images, or boxes are requested and unknown.
+        ValueError
+            If the path's ending is not that of a picture format.
     MissingExtra
         If Pillow is not installed.
     CannotWrite
@@ -63,12 +63,12 @@ def write_contact_sheet(
 
 
 def _sheet(pictures: Sequence[Any], captions: Sequence[str], edge: int) -> Any:
-    """Pictures of Pillow, of ``edge`` pixels at most, in rows under their captions."""
+    """Arrange Pillow pictures, of ``edge`` pixels at most, in rows under their captions."""
     pillow, drawing = (require(f"PIL.{name}", extra="plots") for name in ("Image", "ImageDraw"))
     font = _CAPTION - 5
     measure = drawing.Draw(pillow.new("RGB", (1, 1))).textlength
     widest, highest = (max(extents) for extents in zip(*(each.size for each in pictures), strict=True))
-    # Images may be smaller than the edge, and narrower than what is written above them.
+    # Images may be smaller than the edge, and narrower than their captions.
     written = max(math.ceil(measure(caption, font_size=font)) for caption in captions)
     cell = (min(edge, max(widest, written)) + _GAP, highest + _GAP + _CAPTION)
     columns = min(_COLUMNS, len(pictures))
@@ -84,7 +84,7 @@ def _sheet(pictures: Sequence[Any], captions: Sequence[str], edge: int) -> Any:
 
 
 def require_picture(path: str | Path) -> None:
-    """Make sure that a path ends as a picture that can be written.
+    """Make sure that a path has the ending of a picture format that can be written.
 
     Raises
     ------
