@@ -365,6 +365,34 @@ class RunAgainByBackward(RunAgain):
         return AgainByBackward.apply(self.layer, x, *self.layer.parameters())
 
 
+class Floored(Function):
+    """A gradient in steps of a thousandth."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return torch.div(gradient, 1e-3, rounding_mode="floor") * 1e-3
+
+
+class Whole(Floored):
+    """The same by whole numbers."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return (gradient * 1e5).to(torch.int64).to(gradient.dtype) / 1e5
+
+
+def _blurred(function: type[Function]) -> Any:
+    return lambda x: F.avg_pool2d(function.apply(x), 5, 1, 2)
+
+
+CASES.on_map("autograd.Function: a gradient that is rounded, a filter behind it", _blurred(Floored))
+CASES.on_map("autograd.Function: a gradient in whole numbers, a filter behind it", _blurred(Whole))
+
+
 class OwnGradient(Function):
     """A gradient that does not depend on the one that arrives."""
 
@@ -729,3 +757,10 @@ class HookWithWeight(Small):
         if x.requires_grad:
             x.register_hook(lambda gradient: gradient * weight.detach()[:, None, None])
         return x
+
+
+@CASES("features are returned as a leaf that requires a gradient", expected="require a gradient")
+class NewLeaf(Small):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        v = self.maps(x).mean((2, 3)).detach().requires_grad_()
+        return self.head(v), v

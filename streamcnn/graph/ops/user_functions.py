@@ -107,7 +107,7 @@ def _is_pointwise(traced: GraphModule, shape: torch.Size) -> bool:
             continue
         value = node.meta.get("val")
         keeps = isinstance(value, Tensor) and (value.dim() == 0 or value.shape == shape)
-        identity = operator_name(node.target) in _SAME_SHAPE and keeps
+        identity = operator_name(node.target) in _SAME_SHAPE and keeps and node.target is not aten.view.dtype
         if not identity and not (rule_for(node.target) is pointwise and keeps):
             return False
     return True
@@ -134,12 +134,17 @@ def _is_linear(traced: GraphModule) -> bool:
 def _keeps_linear(node: FxNode, linear: Mapping[FxNode, bool]) -> bool:
     name = operator_name(node.target)
     operands = [linear.get(arg, False) if isinstance(arg, FxNode) else None for arg in node.args]
-    if name in _SAME_SHAPE or node.target is operator.getitem or name == "neg":
+    if name in _SAME_SHAPE:
+        # Whole numbers and truth values are rounded ones.
+        value = node.meta["val"]
+        return bool(value.is_floating_point() or value.is_complex())
+    if node.target is operator.getitem or name == "neg":
         return True
     if name == "mul":
         return operands.count(True) == 1
     if name == "div":
-        return operands[0] is True and True not in operands[1:]
+        rounds = node.kwargs.get("rounding_mode") is not None
+        return operands[0] is True and True not in operands[1:] and not rounds
     if name in _ADDING:
         return operands[:2] == [True, True]
     if name == "where":
