@@ -706,6 +706,15 @@ def _warning(x: Tensor) -> Tensor:
     return x
 
 
+def _hinge_at_zero(v: Tensor) -> Tensor:
+    zero = (v - v.detach()).sum()
+    least = max(v.relu().amin(), (3 * v).relu().amin())
+    return v * least + 2 * max(0, zero) + 3 * max(zero, 0) + min(v.mean(), 0.0)
+
+
+CASES.on_vector("Python's max and min of equal values", _hinge_at_zero)
+
+
 CASES.on_map("print of shapes", _printing, passes(2))
 CASES.on_map("print of values", _printing_values, passes(2), expected=SAME_OR_REFUSED)
 CASES.on_map("warnings.warn", _warning, passes(2))

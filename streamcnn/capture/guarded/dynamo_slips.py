@@ -14,6 +14,9 @@ the ``grad`` of a computed tensor, which is None, for a tensor. PyTorch 2.11 fol
 Dynamo does not know ``saved_variables``, the old name of ``saved_tensors``, which old copies of
 EfficientNet's activation read in their gradient. It does not enter locks, such as those of hooks that keep
 features.
+
+Python's ``max`` and ``min`` of two tensors return one of them. Dynamo takes the larger values of both, position
+by position, and gives both a share of the gradient where they are equal.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from typing import Any, NoReturn
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from streamcnn.capture.guarded.guarded_image import as_image
 from streamcnn.graph.flattening import CannotFlatten
@@ -37,7 +41,7 @@ _LOCKS = (type(threading.Lock()), type(threading.RLock()))
 def code_followed_as_it_runs() -> Iterator[None]:
     """Make Dynamo follow such code as Python runs it, or refuse it, for the block."""
     from torch._dynamo import symbolic_convert
-    from torch._dynamo.variables import ctx_manager, dicts, functions, user_defined
+    from torch._dynamo.variables import BuiltinVariable, ctx_manager, dicts, functions, user_defined
     from torch._dynamo.variables import tensor as dynamo_tensors
     from torch._dynamo.variables.misc import AutogradFunctionContextVariable
     from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
@@ -64,6 +68,8 @@ def code_followed_as_it_runs() -> Iterator[None]:
             patches.enter_context(patch.object(TensorVariable, "_method_register_hook", _refuse_hook))
             method = functions.UserMethodVariable
             patches.enter_context(patch.object(method, "call_function", _applying(method.call_function)))
+        chosen = _one_of_both(BuiltinVariable._call_min_max_binary)
+        patches.enter_context(patch.object(BuiltinVariable, "_call_min_max_binary", chosen))
         translator = symbolic_convert.InstructionTranslatorBase
         locked = _through_locks(translator.setup_or_before_with)
         patches.enter_context(patch.object(translator, "setup_or_before_with", locked))
@@ -208,5 +214,39 @@ def _applying(call_function: Callable[..., Any]) -> Callable[..., Any]:
         if self.fn is _APPLY and isinstance(self.obj, AutogradFunctionVariable):
             return self.obj.call_method(tx, "apply", list(args), kwargs)
         return call_function(self, tx, args, kwargs)
+
+    return call
+
+
+def _one_of_both(call_min_max: Callable[..., Any]) -> Callable[..., Any]:
+    """``max`` or ``min`` of two values: the second one where it is beyond the first, else the first."""
+
+    def call(self: Any, tx: Any, a: Any, b: Any) -> Any:
+        from torch._dynamo.variables import ConstantVariable, TensorVariable, TorchInGraphFunctionVariable
+
+        if a is None or b is None:
+            return call_min_max(self, tx, a, b)
+        given: list[Any] = [each.realize() for each in (a, b)]
+        tensors = [each for each in given if type(each) is TensorVariable]
+        if not tensors or any(type(each) not in (TensorVariable, ConstantVariable) for each in given):
+            return call_min_max(self, tx, a, b)
+        examples = [each.as_proxy().node.meta["example_value"] for each in tensors]
+        is_whole = not examples[0].is_floating_point()
+        rounds = is_whole and any(isinstance(getattr(each, "value", None), float) for each in given)
+        if (
+            rounds
+            or {each.dtype for each in examples} != {examples[0].dtype}
+            or any(map(Tensor.dim, examples))
+        ):
+            raise CannotFlatten(f"{self.fn.__name__}() of tensors of several values, or of several types")
+        # ``b > a`` decides; PyTorch's functions take a tensor first.
+        second, first = given
+        is_larger = self.fn is max
+        if type(first) is not TensorVariable:
+            first, second, is_larger = second, first, not is_larger
+        compare = TorchInGraphFunctionVariable(torch.gt if is_larger else torch.lt)
+        is_beyond = compare.call_function(tx, [first, second], {})
+        choose = TorchInGraphFunctionVariable(torch.where)
+        return choose.call_function(tx, [is_beyond, given[1], given[0]], {})
 
     return call
