@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -17,6 +18,14 @@ _MOST_LETTERS = 100
 def is_users(file: str) -> bool:
     """Whether a file of Python code is neither PyTorch's nor this package's."""
     return not file.startswith(_NOT_THE_USERS)
+
+
+def called_by_user() -> bool:
+    """Whether the code that has called this package is neither PyTorch's nor this package's."""
+    frame = sys._getframe()
+    while frame.f_code.co_filename.startswith(_NOT_THE_USERS[1]) and frame.f_back is not None:
+        frame = frame.f_back
+    return is_users(frame.f_code.co_filename)
 
 
 def shortened(code: str | None) -> str:

@@ -74,6 +74,20 @@ def refuse_of_image(function: Callable[..., Any]) -> None:
         )
 
 
+def refuse_address() -> NoReturn:
+    """Refuse to tell where the values of a tensor are that the forward pass has made, or of one that goes in.
+
+    Raises
+    ------
+    UnsupportedModel
+        Always.
+    """
+    raise UnsupportedModel(
+        "the forward pass calls data_ptr(), and a tensor that is streamed has no address: tell tensors apart "
+        "by 'is', or by names of your own"
+    )
+
+
 def refuse_multi_grad_hook(*args: Any, **kwargs: Any) -> NoReturn:
     """Replace ``torch.autograd.graph.register_multi_grad_hook``, which is refused."""
     raise UnsupportedModel(

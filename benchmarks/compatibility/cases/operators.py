@@ -706,12 +706,24 @@ def _warning(x: Tensor) -> Tensor:
     return x
 
 
+def _same_memory(x: Tensor) -> Tensor:
+    y = x.clone()
+    return y * 2 if x.data_ptr() == y.data_ptr() else y * 3
+
+
+def _same_storage(x: Tensor) -> Tensor:
+    y = x.clone()
+    return y * 2 if x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr() else y * 3
+
+
 def _hinge_at_zero(v: Tensor) -> Tensor:
     zero = (v - v.detach()).sum()
     least = max(v.relu().amin(), (3 * v).relu().amin())
     return v * least + 2 * max(0, zero) + 3 * max(zero, 0) + min(v.mean(), 0.0)
 
 
+CASES.on_map("data_ptr() decides", _same_memory, expected="data_ptr")
+CASES.on_map("the data_ptr() of storages decides", _same_storage, expected="data_ptr")
 CASES.on_vector("Python's max and min of equal values", _hinge_at_zero)
 
 

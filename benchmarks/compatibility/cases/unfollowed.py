@@ -74,6 +74,27 @@ class TimedFunction(Timed):
         return Sign.apply(x) + x
 
 
+class Saturating(Sign):
+    """It saves its own result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.tanh()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return gradient * (1 - y * y) * 2
+
+
+@CASES("a timer, and autograd.Function that saves its result", passes(2))
+class TimedSaturating(Timed):
+    def middle(self, x: Tensor) -> Tensor:
+        return Saturating.apply(x) + x
+
+
 @CASES("a timer, and autograd.Function by an alias of apply", passes(2), expected=SAME_OR_REFUSED)
 class TimedAlias(Timed):
     def middle(self, x: Tensor) -> Tensor:

@@ -96,6 +96,18 @@ def refuse_new_parameters(net: nn.Module, states: Sequence[Tensor]) -> None:
                 )
 
 
+def refuse_new_leaves(values: Sequence[Any], given: Sequence[Tensor]) -> None:
+    """Raise if a tensor that is returned or kept, and was not ``given``, is one that autograd begins at."""
+    known = set(map(id, given))
+    for value in values:
+        if isinstance(value, Tensor) and value.requires_grad and value.is_leaf and id(value) not in known:
+            raise UnsupportedModel(
+                "the forward pass returns or keeps a tensor that it has made require a gradient "
+                "(requires_grad_(), requires_grad=True, nn.Parameter), and a streamed pass would leave its "
+                ".grad empty: return it as it is, without detach(), and ask autograd.grad for its gradient"
+            )
+
+
 def refuse_scripted_tensors(net: nn.Module, before: Sequence[ScriptedAttributes]) -> None:
     """Raise if a script has assigned a tensor to an attribute; ``before`` has all modules' attributes."""
     for (name, module), had in zip(net.named_modules(), before, strict=True):

@@ -25,7 +25,8 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
-from streamcnn.capture.refused_functions import refuse_multi_grad_hook
+from streamcnn.capture.lines import called_by_user
+from streamcnn.capture.refused_functions import refuse_address, refuse_multi_grad_hook
 from streamcnn.capture.replacing import replaced_here
 from streamcnn.capture.unguarded.blind import gaussian_nll_loss, observers_blind
 from streamcnn.capture.unguarded.own_parameters import caller_of
@@ -58,6 +59,8 @@ def functions_replaced(
         replaced_here(saved_tensors_hooks, "__enter__", noting(_enter_saved_tensors_hooks)),
         replaced_here(autograd_graph, "register_multi_grad_hook", noting(refuse_multi_grad_hook)),
         replaced_here(checkpoint, "_checkpoint_without_reentrant_generator", _without_reentry),
+        replaced_here(torch.UntypedStorage, "data_ptr", noting(_address)),
+        replaced_here(torch.TypedStorage, "data_ptr", noting(_address_of_typed)),
         ExitStack() as functions,
     ):
         for module in (torch, torch.random):
@@ -66,6 +69,20 @@ def functions_replaced(
         for name in DEFAULTS:
             functions.enter_context(replaced_here(torch, name, noting(_refuse_default)))
         yield
+
+
+_ADDRESS = torch.UntypedStorage.data_ptr
+
+
+def _address(storage: torch.UntypedStorage) -> int:
+    """``storage.data_ptr()``, which of all that is traced is 0."""
+    if storage.device.type == "meta" and called_by_user():
+        refuse_address()
+    return _ADDRESS(storage)
+
+
+def _address_of_typed(storage: torch.TypedStorage) -> int:
+    return _address(storage._untyped_storage)
 
 
 def _refuse_seed(*args: Any, **kwargs: Any) -> None:

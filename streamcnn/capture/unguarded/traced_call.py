@@ -31,6 +31,7 @@ from streamcnn.capture.unguarded.leftovers import (
     entries,
     entries_of,
     places_of_fakes,
+    refuse_new_leaves,
     refuse_new_parameters,
     refuse_scripted_tensors,
 )
@@ -178,6 +179,7 @@ class TracedCall:
             self._put_states_back(states, keys)
             leaves, self.rebuild = taken_apart(result)
             refuse_bound((leaves, kept))
+            refuse_new_leaves((*leaves, *kept), (image, *states))
             return (*leaves, *kept)
 
         return function

@@ -25,7 +25,8 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from streamcnn.capture.refused_functions import refuse_function, refuse_of_image
+from streamcnn.capture.lines import called_by_user
+from streamcnn.capture.refused_functions import refuse_address, refuse_function, refuse_of_image
 from streamcnn.capture.unguarded.blind import BLIND
 from streamcnn.capture.unguarded.known_shapes import KnownShapes
 from streamcnn.capture.unguarded.known_values import KnownValues, called_on_values
@@ -149,6 +150,8 @@ class Watch(TorchFunctionMode):
         if func in _READS and self._is_from_outside(args[0]):
             with beside_the_trace():
                 return func(*args, **kwargs)
+        if func is Tensor.data_ptr and called_by_user() and not self._is_from_outside(args[0]):
+            refuse_address()
         if func in _ASKED:
             found = called_on_values(func, args, kwargs, self._values)
             if found is not NotImplemented:
@@ -176,7 +179,9 @@ class Watch(TorchFunctionMode):
         refuse_function(func)
         if args and isinstance(args[0], Tensor) and self._is_image(args[0]) and args[0].requires_grad:
             refuse_of_image(func)
-        refuse_bound((args, kwargs))
+        if get_proxy_mode() is not None:
+            # Else it is what runs whole, whose own results autograd looks at.
+            refuse_bound((args, kwargs))
         result = self._known_shapes.call(func, args, kwargs)
         if result is NotImplemented:
             result = self._known_shapes.with_numbers(func, args, kwargs)
