@@ -257,8 +257,8 @@ class Search:
         def price(name: str) -> tuple[float, int, str]:
             nbytes = self.program.nodes[name].nbytes
             seconds = moved[name].seconds(self.tilings.hardware, (tier, tier))
-            # Rounded, so that among equally expensive maps the larger comes first.
-            return float(f"{seconds / nbytes:.3g}"), -nbytes, name
+            # Rounded, so that among equally expensive maps the larger comes first; some have no channels.
+            return float(f"{seconds / max(nbytes, 1):.3g}"), -nbytes, name
 
         return sorted(staging.stored, key=price)
 

@@ -727,6 +727,14 @@ CASES.on_map("the data_ptr() of storages decides", _same_storage, expected="data
 CASES.on_vector("Python's max and min of equal values", _hinge_at_zero)
 
 
+@CASES("maps without channels, images, rows and columns")
+class Empty(Small):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.maps(x)
+        rest = torch.cat([x[:, :0], x], 1) + x[..., :0].sum() + x[:, :, 5:5].sum()
+        return self.head(rest.mean((2, 3))), x[:, :0], x[:0], x[:, :, :0], x[..., :0]
+
+
 CASES.on_map("print of shapes", _printing, passes(2))
 CASES.on_map("print of values", _printing_values, passes(2), expected=SAME_OR_REFUSED)
 CASES.on_map("warnings.warn", _warning, passes(2))

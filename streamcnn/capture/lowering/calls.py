@@ -161,10 +161,16 @@ class Lowering:
         if merged:
             return stream_folded(self.recording, call)
         result = self.recording.stream(call)
+        if any(self._has_no_positions(ref) for ref in pytree.tree_leaves(result) if isinstance(ref, Ref)):
+            return NotStreamable("what it gives has no positions")
         if isinstance(result, NotStreamable) and rule_for(call.target) in MERGING:
             merged_result = stream_folded(self.recording, call)
             return result if isinstance(merged_result, NotStreamable) else merged_result
         return result
+
+    def _has_no_positions(self, ref: Ref) -> bool:
+        axes = self.recording.axes(ref)
+        return axes is not None and 0 in (self.recording.spec(ref).shape[axis] for axis in axes)
 
     def _begin(self, call: Call) -> Any:
         """Stream a call whose first operand was computed from whole maps; its result is a map again."""
