@@ -26,6 +26,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.func_stretches import nesting, with_stretches_folded
+from streamcnn.graph.monkeypatches import is_replaced_method, under_its_own_name
 from streamcnn.graph.schemas import names_a_collective
 from streamcnn.graph.whole import Whole, hook_set, outline_of, record_whole
 
@@ -96,6 +97,8 @@ class Inliner(Interpreter):
 
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Carry out a call of a tensor's method."""
+        if is_replaced_method(str(target)):
+            raise CannotFlatten(f"Tensor.{target} has been replaced")
         if target == "random_" and len(args) == 3 and not kwargs:
             return drawn_between(*args)
         return super().call_method(target, args, kwargs)
@@ -119,7 +122,8 @@ class Inliner(Interpreter):
             return record_whole(target, args, self._node.meta["example_value"])
         if isinstance(target, HigherOrderOperator):
             return self._higher_order(target, args, kwargs)
-        return super().call_function(target, args, kwargs)
+        with under_its_own_name(target):
+            return super().call_function(target, args, kwargs)
 
     def _higher_order(
         self, target: HigherOrderOperator, args: tuple[Any, ...], kwargs: dict[str, Any]

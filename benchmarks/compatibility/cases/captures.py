@@ -17,7 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.compatibility.case import SAME_OR_REFUSED, WIDTH, Cases, Record, Small, between, passes
+from benchmarks.compatibility.case import (
+    SAME_OR_REFUSED,
+    WIDTH,
+    Cases,
+    Record,
+    Small,
+    Steps,
+    between,
+    passes,
+)
 
 CASES = Cases("What forward reads changes between passes")
 
@@ -952,3 +961,38 @@ def _copied_and_changed(model: Any, net: Any, record: Record) -> None:
 
 
 CASES.add("a dict of a deep copy", DictEntry, _copied_and_changed)
+
+
+def _replaced(place: Any, name: str) -> Steps:
+    """A function of PyTorch's is wrapped, wrapped otherwise, and put back."""
+
+    def steps(model: Any, net: Any, record: Record) -> None:
+        record.run(model)
+        original = getattr(place, name)
+        try:
+            for factor in (2.0, 3.0):
+                setattr(place, name, _times(original, factor))
+                record.run(model)
+        finally:
+            setattr(place, name, original)
+        record.run(model)
+
+    return steps
+
+
+def _times(function: Any, factor: float) -> Any:
+    return lambda *args, **kwargs: function(*args, **kwargs) * factor
+
+
+class Activated(Small):
+    """An activation as a layer, a function and a method."""
+
+    def middle(self, x: Tensor) -> Tensor:
+        return torch.tanh(F.relu(nn.ReLU()(x) - 0.5) - 0.1).relu()
+
+
+CASES.add("F.relu is wrapped", Activated, _replaced(F, "relu"))
+CASES.add("torch.relu is wrapped", Activated, _replaced(torch, "relu"))
+CASES.add("F.batch_norm is wrapped", Activated, _replaced(F, "batch_norm"))
+CASES.add("torch.conv2d is wrapped", Activated, _replaced(torch, "conv2d"))
+CASES.add("Tensor.relu is wrapped", Activated, _replaced(Tensor, "relu"), expected="has replaced")

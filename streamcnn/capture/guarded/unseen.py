@@ -12,12 +12,14 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as module_hooks
 
+from streamcnn.graph.monkeypatches import replaced_functions
+
 _GLOBAL_HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Unseen:
-    """The members of modules' classes, the global module hooks, and the environment variables."""
+    """Members of modules' classes, global module hooks, replaced functions of PyTorch, environment variables."""
 
     members: tuple[Any, ...]
     environment: Mapping[str, str]
@@ -30,7 +32,7 @@ class Unseen:
         own = (vars(kind).values() for kind in kinds if kind not in (nn.Module, object))
         calls = (getattr(nn.Module, name) for name in ("__call__", "_call_impl", "__getattr__"))
         hooks = (hook for kind in _GLOBAL_HOOKS for hook in getattr(module_hooks, kind).values())
-        return cls((*chain.from_iterable(own), *calls, *hooks), dict(os.environ))
+        return cls((*chain.from_iterable(own), *calls, *hooks, *replaced_functions()), dict(os.environ))
 
     def is_same(self, other: Unseen) -> bool:
         """Whether nothing has changed between the two."""

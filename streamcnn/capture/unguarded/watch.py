@@ -34,6 +34,7 @@ from streamcnn.capture.unguarded.replaced_functions import refuse_bound
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.flattening import drawn_between
 from streamcnn.graph.in_place import resized
+from streamcnn.graph.monkeypatches import refuse_replaced
 from streamcnn.graph.whole import beside_the_trace, proxy_of, record_hook
 
 T = TypeVar("T")
@@ -147,6 +148,7 @@ class Watch(TorchFunctionMode):
                 "the forward pass enters torch.inference_mode(), whose tensors have no gradient anywhere: "
                 "use torch.no_grad() for the block"
             )
+        refuse_replaced(func)
         if func in _READS and self._is_from_outside(args[0]):
             with beside_the_trace():
                 return func(*args, **kwargs)

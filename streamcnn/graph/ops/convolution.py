@@ -21,6 +21,8 @@ from streamcnn.graph.ops.samples import chain
 from streamcnn.graph.program import Access, Ref
 
 aten = torch.ops.aten
+# Whatever the user puts in its place later.
+_CONVOLVE = torch.conv2d
 
 
 @rule(aten.conv2d.default, aten.conv2d.padding, begins=True)
@@ -97,7 +99,7 @@ def convolve(
     padding: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """The convolution of a window ``x`` (N, C, h, w) with zeros around it."""
-    return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return _CONVOLVE(x, weight, bias, stride, padding, dilation, groups)
 
 
 def convolve_complex(x: Tensor, weight: Tensor, *options: Any) -> Tensor:
@@ -200,7 +202,7 @@ class _DepthwiseConvolution(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.bias_sizes = None if bias is None else list(bias.shape)
         ctx.options = (stride, padding, (1, 1), False, len(weight))
-        return torch.conv2d(x, weight, bias, stride, padding, 1, len(weight))
+        return _CONVOLVE(x, weight, bias, stride, padding, 1, len(weight))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -226,7 +228,7 @@ def convolve_whole(
         or torch.is_autocast_enabled(x.device.type)
         or not has_slow_weights(x, weight, as_pair(dilation), groups)
     ):
-        return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        return _CONVOLVE(x, weight, bias, stride, padding, dilation, groups)
     result: Tensor = _DepthwiseConvolution.apply(  # type: ignore[no-untyped-call]
         x, weight, bias, as_pair(stride), as_pair(padding)
     )

@@ -31,6 +31,8 @@ from streamcnn.graph.ops.samples import chain
 from streamcnn.graph.program import Access, Ref
 
 aten = torch.ops.aten
+# Whatever the user puts in its place later.
+_AVG_POOL = torch.nn.functional.avg_pool2d
 
 
 @rule(aten.max_pool2d.default)
@@ -306,7 +308,7 @@ def pool_channels(tracer: Tracer, call: Call) -> Ref | NotStreamable:
 
 def avg_pool(x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], divisor: int | None) -> Tensor:
     """Unpadded average pooling of a window ``x`` (N, C, h, w)."""
-    return torch.nn.functional.avg_pool2d(x, kernel, stride, divisor_override=divisor)
+    return _AVG_POOL(x, kernel, stride, divisor_override=divisor)
 
 
 declare(avg_pool, aten.avg_pool3d, cost=Cost(operations=windows))

@@ -19,6 +19,9 @@ from torch import Tensor
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import Axes
 
+# Whatever the user puts in its place later.
+_PAD = torch.nn.functional.pad
+
 Partials = tuple[Tensor, ...]
 
 
@@ -296,7 +299,7 @@ class AlongOneAxis(Reduction):
         positions, extent = region[self.side], self.shape[self.kept]
         place = self.kept - sum(dim < self.kept for dim in self.dims)
         return tuple(
-            torch.nn.functional.pad(
+            _PAD(
                 part,
                 (*(0, 0) * (part.dim() - 1 - place), positions.start, extent - positions.stop),
                 value=neutral,

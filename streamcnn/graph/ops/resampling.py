@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from streamcnn.geometry.axis_maps import AxisMap, Repeated, Sliding
 from streamcnn.graph.costs import NOTHING, Cost, declare
@@ -225,7 +226,7 @@ def _upsampled(
 def repeat_nearest(x: Tensor, factors: tuple[int, int]) -> Tensor:
     """``x`` with each position repeated ``factors`` times."""
     size = (x.shape[2] * factors[0], x.shape[3] * factors[1])
-    return torch.nn.functional.interpolate(x, size, mode="nearest")
+    return interpolate(x, size, mode="nearest")
 
 
 def _are_exact(steps: Sequence[float | None], factors: Sequence[int]) -> bool:
@@ -245,7 +246,7 @@ def _steps(call: Call) -> list[float | None]:
 def repeat_bilinear(x: Tensor, factors: tuple[int, int]) -> Tensor:
     """``x`` interpolated to ``factors`` times its size; exact but for one position at inner edges."""
     size = (x.shape[2] * factors[0], x.shape[3] * factors[1])
-    return torch.nn.functional.interpolate(x, size, mode="bilinear", align_corners=False)
+    return interpolate(x, size, mode="bilinear", align_corners=False)
 
 
 def _resized(

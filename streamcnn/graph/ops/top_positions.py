@@ -12,6 +12,9 @@ from torch import Tensor
 from streamcnn.geometry.regions import Region
 from streamcnn.graph.ops.reduction_types import Partials, Selection, stacked
 
+# Whatever the user puts in its place later.
+_PAD = torch.nn.functional.pad
+
 MOST = 4096
 """Largest number of values; each tile returns as many."""
 
@@ -44,8 +47,8 @@ class TopPositions(Selection):
         # Entries that a small tile lacks come after all others.
         missing = (0, self.num_values - count)
         return self._ordered(
-            torch.nn.functional.pad(flat.gather(-1, index).double(), missing, value=-math.inf),
-            torch.nn.functional.pad(places, missing, value=self.nowhere),
+            _PAD(flat.gather(-1, index).double(), missing, value=-math.inf),
+            _PAD(places, missing, value=self.nowhere),
         )
 
     def merge(self, parts: Sequence[Partials]) -> Partials:

@@ -27,6 +27,9 @@ from streamcnn.graph.ops.reduction_types import (
 )
 from streamcnn.graph.ops.window_places import largest_in
 
+# Whatever the user puts in its place later.
+_PAD = torch.nn.functional.pad
+
 Windows = tuple[Adaptive, Adaptive]
 """The windows along rows and along columns, the map's last two axes."""
 
@@ -87,7 +90,7 @@ def _sums(x: Tensor, dim: int, windows: Adaptive, positions: Interval) -> Tensor
         parts = (part for _, part in _met(windows, positions))
         x = torch.stack([x.narrow(dim, part.start, part.size).sum(dim) for part in parts], dim)
     pads = (met.start, windows.count - met.stop)
-    return torch.nn.functional.pad(x, pads if dim == -1 else (0, 0, *pads))
+    return _PAD(x, pads if dim == -1 else (0, 0, *pads))
 
 
 def _met(windows: Adaptive, positions: Interval) -> list[tuple[int, Interval]]:
