@@ -385,12 +385,21 @@ class Whole(Floored):
         return (gradient * 1e5).to(torch.int64).to(gradient.dtype) / 1e5
 
 
+class Halved(Floored):
+    """The same in half precision."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.half().to(gradient.dtype)
+
+
 def _blurred(function: type[Function]) -> Any:
     return lambda x: F.avg_pool2d(function.apply(x), 5, 1, 2)
 
 
 CASES.on_map("autograd.Function: a gradient that is rounded, a filter behind it", _blurred(Floored))
 CASES.on_map("autograd.Function: a gradient in whole numbers, a filter behind it", _blurred(Whole))
+CASES.on_map("autograd.Function: a gradient in half precision, a filter behind it", _blurred(Halved))
 
 
 class OwnGradient(Function):

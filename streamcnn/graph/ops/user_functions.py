@@ -8,7 +8,7 @@ a clipped gradient is not. Functions of which this is not certain run on whole m
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -80,7 +80,8 @@ def _why_not_linear(
         return "its forward pass is not pointwise"
     _, saved = Interpreter(forward).run(*inputs)
     traced = _traced(backward, [torch.empty_like(like), *saved])
-    if not _is_pointwise(traced, like.shape) or not _is_linear(traced):
+    own = {each.dtype for each in inputs}
+    if not _is_pointwise(traced, like.shape) or not _is_linear(traced, own):
         return "its backward pass is not pointwise and linear in the gradient"
     return None
 
@@ -113,17 +114,18 @@ def _is_pointwise(traced: GraphModule, shape: torch.Size) -> bool:
     return True
 
 
-def _is_linear(traced: GraphModule) -> bool:
+def _is_linear(traced: GraphModule, own: Collection[torch.dtype]) -> bool:
     """Whether every result is linear in the first input.
 
-    A term that does not depend on it would be added once by each overlapping tile.
+    A term that does not depend on it would be added once by each overlapping tile. ``own`` are the types of
+    the forward pass's inputs, to which gradients are rounded in any case.
     """
     nodes = list(traced.graph.nodes)
     linear: dict[FxNode, bool] = {nodes[0]: True}
     for node in nodes[1:]:
         reads = [linear.get(each, False) for each in node.all_input_nodes]
         if node.op == "call_function" and any(reads):
-            if not _keeps_linear(node, linear):
+            if not _keeps_linear(node, linear, own):
                 return False
             linear[node] = True
         elif node.op == "output" and not all(reads):
@@ -131,13 +133,12 @@ def _is_linear(traced: GraphModule) -> bool:
     return True
 
 
-def _keeps_linear(node: FxNode, linear: Mapping[FxNode, bool]) -> bool:
+def _keeps_linear(node: FxNode, linear: Mapping[FxNode, bool], own: Collection[torch.dtype]) -> bool:
     name = operator_name(node.target)
     operands = [linear.get(arg, False) if isinstance(arg, FxNode) else None for arg in node.args]
     if name in _SAME_SHAPE:
-        # Whole numbers and truth values are rounded ones.
-        value = node.meta["val"]
-        return bool(value.is_floating_point() or value.is_complex())
+        before, after = (each.meta["val"].dtype for each in (node.all_input_nodes[0], node))
+        return after in own or torch.promote_types(before, after) == after
     if node.target is operator.getitem or name == "neg":
         return True
     if name == "mul":
