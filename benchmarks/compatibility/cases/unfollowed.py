@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -93,6 +94,59 @@ class Saturating(Sign):
 class TimedSaturating(Timed):
     def middle(self, x: Tensor) -> Tensor:
         return Saturating.apply(x) + x
+
+
+class Counting(Sign):
+    """It counts its calls."""
+
+    calls = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        Counting.calls += 1
+        return x * Counting.calls
+
+
+def _counted_from_0(model: Any, net: nn.Module, record: Record) -> None:
+    Counting.calls = 0
+    for _ in range(2):
+        record.run(model)
+    record("calls", Counting.calls)
+
+
+@CASES("autograd.Function that counts its calls", _counted_from_0, expected="changes what is outside of it")
+class Counted(Small):
+    def middle(self, x: Tensor) -> Tensor:
+        return Counting.apply(x)
+
+
+class Printing(Sign):
+    """It prints."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        print("shape", *x.shape)
+        return x * 2
+
+
+@CASES("autograd.Function that prints", passes(2))
+class Printed(Small):
+    def middle(self, x: Tensor) -> Tensor:
+        return Printing.apply(x)
+
+
+class Jittering(Sign):
+    """It draws a number from Python."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * random.random()
+
+
+@CASES("autograd.Function that draws from Python", passes(2), expected="draws numbers from Python")
+class Jittered(Small):
+    def middle(self, x: Tensor) -> Tensor:
+        return Jittering.apply(x) * random.random()
 
 
 @CASES("a timer, and autograd.Function by an alias of apply", passes(2), expected=SAME_OR_REFUSED)

@@ -29,6 +29,7 @@ from streamcnn.capture.lines import called_by_user
 from streamcnn.capture.refused_functions import refuse_address, refuse_multi_grad_hook
 from streamcnn.capture.replacing import replaced_here
 from streamcnn.capture.unguarded.blind import gaussian_nll_loss, observers_blind
+from streamcnn.capture.unguarded.function_effects import nothing_changed
 from streamcnn.capture.unguarded.own_parameters import caller_of
 from streamcnn.capture.unguarded.whole_calls import called_whole
 from streamcnn.errors import UnsupportedModel
@@ -167,7 +168,8 @@ def _apply(net: nn.Module, traced: Callable[[Tensor], Tensor], cls: Any, *args: 
         return original(*args, **kwargs)
     refuse_bound((args, kwargs))
     args, kwargs = pytree.tree_map_only(Tensor, traced, (args, kwargs))
-    with _nothing_recorded(mode.tracer.graph), disable_proxy_modes_tracing():
+    unrecorded = _nothing_recorded(mode.tracer.graph)
+    with unrecorded, disable_proxy_modes_tracing(), nothing_changed(net, cls):
         like = original(*args, **kwargs)
     return called_whole(cls.__name__, caller_of(net, cls, (args, kwargs)), args, kwargs, like)
 

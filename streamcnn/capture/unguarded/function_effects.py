@@ -1,0 +1,134 @@
+"""What the user's ``autograd.Function`` does besides computing, while it is run on fake tensors.
+
+It is run once more when the pass is carried out. A counter that it moves, a list that it appends to or a
+number that it draws from Python would be another one then, so such a function is refused. Looked at are the
+modules, and what the function's own code names: its class, globals and closures, and objects among those.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import random
+import types
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from streamcnn.errors import UnsupportedModel
+
+_CONTAINERS = (dict, list, set, deque)
+_CODE = (type, types.ModuleType, types.FunctionType, types.MethodType)
+# Loggers note whom they have asked; modules are looked at all, and tensors not at all.
+_NOT_LOOKED_INTO = (*_CODE, nn.Module, Tensor, logging.Logger)
+_STEPS = ("forward", "setup_context")
+
+
+@contextlib.contextmanager
+def nothing_changed(net: nn.Module, function: type) -> Iterator[None]:
+    """A block that runs the code of ``function`` on fake tensors.
+
+    Raises
+    ------
+    UnsupportedModel
+        If it has changed something; that is put back.
+    """
+    held = [(holder, _contents(holder)) for holder in _holders(net, function)]
+    kind = dict(vars(function))
+    drawn = (random.getstate(), np.random.get_state())
+    # What it prints it prints again.
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+    changed = [(holder, before) for holder, before in held if not _is_same(holder, before)]
+    attributes = {name for name in {*kind, *vars(function)} if vars(function).get(name) is not kind.get(name)}
+    draws = random.getstate() != drawn[0] or not _are_equal(np.random.get_state(), drawn[1])
+    if not (changed or attributes or draws):
+        return
+    for holder, before in changed:
+        _put_back(holder, before)
+    for name in attributes:
+        setattr(function, name, kind[name]) if name in kind else delattr(function, name)
+    random.setstate(drawn[0])
+    np.random.set_state(drawn[1])
+    what = "draws numbers from Python or NumPy" if draws else "changes what is outside of it"
+    raise UnsupportedModel(
+        f"the forward of {function.__name__} (autograd.Function) {what}, and it is carried out apart from "
+        "the code around it: do so in the forward of the module, and pass it what it needs"
+    )
+
+
+def _holders(net: nn.Module, function: type) -> list[Any]:
+    """Whose contents the code may change, each once."""
+    found: dict[int, Any] = {}
+    pending = [vars(module) for module in net.modules()]
+    pending += list(_named_by(function))
+    while pending:
+        value = pending.pop()
+        if isinstance(value, _CONTAINERS):
+            if id(value) not in found:
+                found[id(value)] = value
+                pending += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, types.CellType):
+            found[id(value)] = value
+        elif isinstance(value, tuple):
+            pending += value
+        elif isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, _NOT_LOOKED_INTO):
+            pending.append(vars(value))
+    return list(found.values())
+
+
+def _named_by(function: type) -> Iterator[Any]:
+    """What stands behind the names in the code of ``function``."""
+    for step in _STEPS:
+        run = getattr(function, step)
+        if not isinstance(run, types.FunctionType) or run.__module__.startswith(f"{torch.__name__}."):
+            continue
+        for name in _names_in(run.__code__):
+            yield run.__globals__.get(name)
+        for cell in run.__closure__ or ():
+            yield cell
+            yield _contents(cell)
+
+
+def _names_in(code: types.CodeType) -> set[str]:
+    inner = (each for each in code.co_consts if isinstance(each, types.CodeType))
+    return set(code.co_names).union(*map(_names_in, inner))
+
+
+def _contents(holder: Any) -> Any:
+    if isinstance(holder, types.CellType):
+        try:
+            return holder.cell_contents
+        except ValueError:
+            # The name has no value yet.
+            return None
+    return dict(holder) if isinstance(holder, dict) else list(holder)
+
+
+def _is_same(holder: Any, before: Any) -> bool:
+    now = _contents(holder)
+    if isinstance(holder, types.CellType):
+        return now is before
+    if len(now) != len(before):
+        return False
+    if isinstance(now, dict):
+        return all(name in before and value is before[name] for name, value in now.items())
+    return all(a is b for a, b in zip(now, before, strict=True))
+
+
+def _put_back(holder: Any, before: Any) -> None:
+    if isinstance(holder, types.CellType):
+        holder.cell_contents = before
+        return
+    holder.clear()
+    (holder.extend if isinstance(holder, (list, deque)) else holder.update)(before)
+
+
+def _are_equal(first: Any, second: Any) -> bool:
+    """Whether two of NumPy's states are the same."""
+    return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
