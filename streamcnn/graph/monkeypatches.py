@@ -24,11 +24,13 @@ from streamcnn.errors import UnsupportedModel
 
 def _functions_of(place: Any) -> dict[str, Any]:
     """What may be called there; methods of the class itself are made anew for each look."""
-    names = (name for name in dir(place) if callable(getattr(place, name)))
+    names = (name for name in dir(place) if name not in _SEEDING and callable(getattr(place, name)))
     found = {name: getattr(place, name) for name in names}
     return {n: f for n, f in found.items() if getattr(place, n) is f and not isinstance(f, type)}
 
 
+# Dynamo itself replaces the first of them, when it is used first; a forward pass may call none.
+_SEEDING = ("manual_seed", "set_rng_state", "seed")
 _OURS = str(Path(__file__).parents[1])
 _OWN = tuple((place, _functions_of(place)) for place in (torch, F, Tensor))
 
