@@ -15,8 +15,8 @@ Dynamo does not know ``saved_variables``, the old name of ``saved_tensors``, whi
 EfficientNet's activation read in their gradient. It does not enter locks, such as those of hooks that keep
 features.
 
-Python's ``max`` and ``min`` of two tensors return one of them. Dynamo takes the larger values of both, position
-by position, and gives both a share of the gradient where they are equal.
+Python's ``max`` and ``min`` of two tensors return one of them. Dynamo takes the larger values of both,
+position by position, and gives both a share of the gradient where they are equal.
 """
 
 from __future__ import annotations
