@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -22,6 +23,7 @@ from streamcnn.cli.arguments import (
     parse_extent,
     parse_key_values,
 )
+from streamcnn.cli.terminal import fits
 from streamcnn.support.text import as_text
 from streamcnn.support.units import format_bytes, parse_bytes
 
@@ -118,8 +120,18 @@ def _collect(measured: Iterable[TileProfile], edges: Sequence[int], console: Con
             if not console.is_terminal:
                 console.print(as_text(profile_line(profile)), soft_wrap=True, highlight=False)
     if console.is_terminal:
-        console.print(profile_table(profiles))
+        print_table(profiles, console)
     return profiles
+
+
+def print_table(profiles: Sequence[TileProfile], console: Console) -> None:
+    """Print a table, or a line for each tile size where the terminal is too narrow for one."""
+    table = profile_table(profiles)
+    if fits(table, console):
+        console.print(table)
+        return
+    for profile in profiles:
+        console.print(as_text(profile_line(profile)), highlight=False)
 
 
 def profile_line(profile: TileProfile) -> str:
@@ -137,9 +149,9 @@ def profile_table(profiles: Sequence[TileProfile]) -> Table:
     """The profiles of all tile sizes as a table, a row each."""
     from streamcnn.profiling.page import COLUMNS, cells
 
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in COLUMNS:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for profile in profiles:
         table.add_row(*map(as_text, cells(profile)), style="" if profile.refusal is None else "dim")
     return table

@@ -2,17 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
 
+from streamcnn.cli.terminal import fits
 from streamcnn.support.units import format_bytes
 
 if TYPE_CHECKING:
     from streamcnn.training import Trainer
+
+
+class _Fitting(Progress):
+    """Progress in lines that are no wider than the terminal: what matters least is left out of a narrow one.
+
+    Parameters
+    ----------
+    least_first
+        Columns that may be left out, in this order.
+    """
+
+    def __init__(
+        self, *columns: ProgressColumn, least_first: Iterable[ProgressColumn], console: Console, disable: bool
+    ) -> None:
+        self._every, self._least_first, self._terminal = columns, tuple(least_first), console
+        super().__init__(*columns, console=console, disable=disable)
+
+    def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
+        """The columns that there is room for."""
+        shown, least_first = [*self._every], iter(self._least_first)
+        tasks = [*tasks]
+        while True:
+            self.columns = tuple(shown)
+            table = super().make_tasks_table(tasks)
+            column = None if fits(table, self._terminal) else next(least_first, None)
+            if column is None:
+                return table
+            shown.remove(column)
 
 
 class TrainingProgress:
@@ -32,13 +70,16 @@ class TrainingProgress:
         self._trainer = trainer
         self._budget = budget
         self._console = console
-        self._progress = Progress(
+        text, bar, count, left = (
             TextColumn("{task.description}"),
             BarColumn(20),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[memory]}"),
-            TextColumn("{task.fields[speed]}"),
+        )
+        memory, speed = TextColumn("{task.fields[memory]}"), TextColumn("{task.fields[speed]}")
+        self._progress = _Fitting(
+            *(text, bar, count, left, memory, speed),
+            least_first=(bar, speed, left, memory),
             console=console,
             disable=not console.is_terminal,
         )

@@ -1,0 +1,13 @@
+"""What there is room for on a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console, RenderableType
+
+_ANY_WIDTH = 10_000
+
+
+def fits(shown: RenderableType, console: Console) -> bool:
+    """Whether the terminal is as wide as it takes to show something without cutting or folding it."""
+    options = console.options.update(max_width=_ANY_WIDTH)
+    return console.measure(shown, options=options).maximum <= console.width
