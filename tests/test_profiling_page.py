@@ -169,14 +169,15 @@ def test_a_fault_of_a_page_is_seen(tmp_path: Path) -> None:
 
 
 @in_a_browser
-@pytest.mark.parametrize("width", [1280, 800])
+@pytest.mark.parametrize("width", [1280, 800, 500])  # narrower windows it does not make
 def test_the_page_fits_its_window_with_all_figures(width: int, tmp_path: Path) -> None:
     log = visit(tmp_path, width)
     assert log["overflow"] == 0
     memory, seconds, timeline, plan = log["sizes"]  # only those of the selected tile size
-    assert memory[0] > seconds[0] > 250
+    assert memory[0] >= seconds[0] > 250
     assert memory[1] > 150
-    assert width - 60 < timeline[0] < width
+    # In a narrow window it is scrolled, or its text could not be read.
+    assert (width - 60 < timeline[0] < width) if width > 640 else timeline[0] == 800
     assert timeline[1] > 150
     assert plan[0] > 4 * 72
 

@@ -93,7 +93,7 @@ def _controls(facts: Facts) -> str:
     return (
         '<h2>Shown</h2><label class="row"><input type="checkbox" id="heat" checked> Heat map</label>'
         '<label class="row">Opacity <input type="range" id="opacity" min="0" max="100" value="65">'
-        '<output id="percent">65 %</output></label>'
+        '<output id="percent">65%</output></label>'
         f'<label class="row"><input type="checkbox" id="grid"> Tiles of the plan ({tiles})</label>'
     )
 

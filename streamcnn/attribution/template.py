@@ -239,7 +239,7 @@ for (const button of document.querySelectorAll("[data-zoom]"))
     keepPlace();
   });
 control("opacity").addEventListener("input", () => {
-  control("percent").textContent = control("opacity").value + " %";
+  control("percent").textContent = control("opacity").value + "%";
   draw();
 });
 for (const id of ["heat", "grid"]) control(id).addEventListener("change", draw);

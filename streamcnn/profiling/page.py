@@ -113,7 +113,8 @@ def _headline(profiles: Sequence[TileProfile]) -> str:
 def _table(profiles: Sequence[TileProfile]) -> str:
     heads = "".join(f'<th scope="col">{column}</th>' for column in COLUMNS)
     rows = "\n".join(map(_row, profiles))
-    return f"<table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>"
+    table = f"<table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>"
+    return f'<div class="scroll">{table}</div>'
 
 
 def _row(profile: TileProfile) -> str:
@@ -128,7 +129,8 @@ def _timeline(profile: TileProfile, top: int) -> str:
     if profile.timeline is None:
         drawn = f'<p class="absent">{_NOT_READ if profile.refusal is None else _NOT_RUN}</p>'
     else:
-        drawn = f'{draw_timeline(profile, profile.timeline, top)}<p class="info">{_TIMELINE_HINT}</p>'
+        chart = draw_timeline(profile, profile.timeline, top)
+        drawn = f'<div class="scroll">{chart}</div><p class="info">{_TIMELINE_HINT}</p>'
     keys = _key(phase_color("forward", 0.7), "phases forward") + _key(
         phase_color("backward", 0.7), "backward"
     )

@@ -14,7 +14,7 @@ from streamcnn.profiling.shapes import Arc, Box, Drawing, Group, Label, Lines, S
 from streamcnn.profiling.sketch import Kinds, PhaseSketch, PlanSketch, Shares, StoredMap
 from streamcnn.support.units import format_bytes, plural
 
-COLUMN, ROW = 72.0, 352.0
+COLUMN, ROW = 82.0, 352.0
 """Width of a column and height of a row of them."""
 _GUTTER, _MARGIN, _TAIL = 62.0, 8.0, 150.0
 _TOP = 34.0
@@ -249,7 +249,7 @@ def _line(x: float, y: float, text: str) -> Label:
 
 
 def _fitted(text: str, width: float) -> str:
-    most = int(width / 5.9)
+    most = int(width / 6.4)
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 

@@ -70,8 +70,9 @@ svg.timeline .direction { font-weight: 600; fill: var(--ink); }
 .info { font-size: 13px; color: var(--soft); margin: 4px 0 0; min-height: 1.6em; }
 .plan .info { min-height: 3.2em; }
 .absent { background: var(--panel); color: var(--soft); padding: 24px; margin: 8px 0 0; }
-.scroll { overflow-x: auto; border-bottom: 1px solid var(--rule); padding-bottom: 4px; }
-.scroll svg { width: auto; max-width: none; }
+.scroll { overflow-x: auto; }
+.plan .scroll { border-bottom: 1px solid var(--rule); padding-bottom: 4px; }
+.plan .scroll svg { width: auto; max-width: none; }
 .column { outline: none; }
 .column:hover > rect:first-child, .column:focus > rect:first-child { fill: var(--pick); }
 .note { font-size: 13px; color: var(--soft); border-top: 1px solid var(--rule); padding-top: 12px;
@@ -85,11 +86,18 @@ pre { background: var(--panel); padding: 12px; overflow-x: auto; font-size: 12px
   svg.timeline text { font-size: 17px; }
   table { table-layout: auto; }
 }
+@media (max-width: 640px) {
+  #detail dl { grid-template-columns: auto auto; }
+  #detail dd { text-align: right; }
+  .wide svg text { font-size: 15px; }
+  svg.timeline { min-width: 800px; }
+  th, td { white-space: nowrap; padding: 5px 8px; }
+}
 @media print {
   body { margin: 0; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   figure, table { break-inside: avoid; }
   .scroll { overflow: visible; }
-  .scroll svg { width: 100%; height: auto; }
+  .plan .scroll svg { width: 100%; height: auto; }
   .info, details { display: none; }
 }
 """
