@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import struct
@@ -29,6 +30,7 @@ from source_contract import (
 )
 
 from streamcnn.data.sources import TiffSource
+from streamcnn.data.sources.tiff_series import told_if_opened
 from streamcnn.errors import CorruptImage, DatasetMismatch
 from streamcnn.geometry.regions import Region
 
@@ -161,6 +163,28 @@ def test_tiles_that_were_left_out_are_fill_and_damaged_lists_are_errors(tmp_path
     overwrite(path, offsets.valueoffset, struct.pack("<I", 0))
     with pytest.raises(CorruptImage, match=r"its tile of rows 0\.\.16, cols 0\.\.16 would be \d+ bytes at 0"):
         TiffSource(path)
+
+
+def test_tifffile_logs_of_files_that_are_opened_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of one that is refused the error says what is wrong, once."""
+    whole, pixels = (
+        tmp_path / "whole.tif",
+        np.random.default_rng(0).integers(255, size=(300, 300), dtype="u1"),
+    )
+    with tifffile.TiffWriter(whole) as writer:
+        writer.write(pixels, subifds=1, tile=(64, 64))
+        writer.write(pixels[::2, ::2], subfiletype=1, tile=(64, 64))
+    content = whole.read_bytes()
+    (cut := tmp_path / "cut.tif").write_bytes(content[: len(content) // 3])
+    with pytest.raises(CorruptImage, match=r"cut\.tif"):
+        TiffSource(cut)
+    assert caplog.records == []
+    with told_if_opened():
+        logging.getLogger("tifffile").warning("an odd tag")
+        assert caplog.messages == []
+    assert caplog.messages == ["an odd tag"]
 
 
 @pytest.mark.parametrize("content", [b"", b"II*\0", b"II*\0\x08\0\0\0", b"II*\0" + b"\xff" * 50, b"hello"])

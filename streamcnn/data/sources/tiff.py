@@ -31,7 +31,7 @@ from streamcnn.data.sources.tiff_bounds import bound_pictures, check_chunk
 from streamcnn.data.sources.tiff_checks import check_complete, check_decodable, check_directories, chunk_size
 from streamcnn.data.sources.tiff_colours import COLOUR_BYTES, Colours, colours_of
 from streamcnn.data.sources.tiff_lerc import keep_lerc_masks
-from streamcnn.data.sources.tiff_series import check_number, chosen_series, tiff_file
+from streamcnn.data.sources.tiff_series import check_number, chosen_series, tiff_file, told_if_opened
 from streamcnn.errors import DatasetMismatch
 from streamcnn.geometry.regions import Region
 from streamcnn.plan.reading import ReadingCost
@@ -93,7 +93,7 @@ class TiffSource(FileSource):
         self._request = _Request(place(path), series, level, channels_last, max_pixels, cache_bytes)
         name = self._request.name
         self._is_remote = isinstance(self._request.path, str)
-        with opening(name, "TIFF"):
+        with opening(name, "TIFF"), told_if_opened():
             self._files = PerProcess(functools.partial(_open, self._request))
             opened = self._files.get()
         if opened.cache is not None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, cast
 
@@ -60,6 +64,28 @@ def check_number(path: str, what: str, asked: int, found: int) -> None:
     """Raise `DatasetMismatch` if there is no image or level of that number."""
     if not 0 <= asked < found:
         raise DatasetMismatch(f"{path} has no {what} {asked}: allowed are 0..{found - 1}")
+
+
+@contextmanager
+def told_if_opened() -> Iterator[None]:
+    """Hold back what tifffile logs of a file in the block; of one that is refused, the error says it all."""
+    logger, thread = logging.getLogger("tifffile"), threading.get_ident()
+    held: list[logging.LogRecord] = []
+
+    def hold(record: logging.LogRecord) -> bool:
+        # What other threads open in the meantime is none of the block's.
+        if record.thread != thread:
+            return True
+        held.append(record)
+        return False
+
+    logger.addFilter(hold)
+    try:
+        yield
+    finally:
+        logger.removeFilter(hold)
+    for record in held:
+        logger.handle(record)
 
 
 def tiff_file(where: Path | str) -> TiffFile:
