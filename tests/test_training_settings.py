@@ -12,8 +12,9 @@ from torch import nn
 
 from streamcnn.data.augmentation import RandomAugmentation
 from streamcnn.data.normalisation import Normalise
-from streamcnn.errors import UnsupportedModel
+from streamcnn.errors import RunMismatch, UnsupportedModel
 from streamcnn.training import RunConfig, SegmentationLoss, TrainSettings
+from streamcnn.training.settings import require_same
 
 
 @pytest.mark.parametrize(
@@ -75,3 +76,17 @@ def test_trying_settings_out_draws_no_random_numbers() -> None:
     found = torch.rand(3)
     torch.manual_seed(0)
     assert torch.equal(found, torch.rand(3))
+
+
+@pytest.mark.parametrize("named", [{}, {"task": None}, {"task": "classification"}])
+def test_a_run_of_another_task_is_told_by_that_alone(named: dict[str, Any]) -> None:
+    classifier = {**named, "model": "resnet18", "batch_size": 2, "images": "content a"}
+    segmenter = {"task": "segmentation", "model": "nets:unet", "batch_size": 1, "images": "content b"}
+    with pytest.raises(RunMismatch) as refused:
+        require_same(segmenter, classifier)
+    assert str(refused.value) == (
+        "the run cannot go on, since it is of the task classification, with the model resnet18, and this is "
+        "the task segmentation: go on with what it began with, or begin another run in another folder"
+    )
+    with pytest.raises(RunMismatch, match="task segmentation, with the model nets:unet, and"):
+        require_same(classifier, segmenter)

@@ -171,6 +171,8 @@ _MOST_NAMED = 5
 """Differing values of one name that a message shows."""
 _FINGERPRINTS = {"images": "the training images", "validation": "the validation images"}
 """Names of the fingerprints of images, with texts for messages."""
+_FIRST_TASK = "classification"
+"""Of runs that name none."""
 MAY_GROW = frozenset({"epochs", "patience", "save_every"})
 """Settings that say when a run ends or is saved, and not what it computes until then."""
 
@@ -183,6 +185,14 @@ def require_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     RunMismatch
         If they differ, with all differences.
     """
+    then, now = (each.get("task") or _FIRST_TASK for each in (expected, found))
+    if then != now:
+        # Nearly all of its values are others then.
+        raise RunMismatch(
+            f"the run cannot go on, since it is of the task {then}, with the model {expected.get('model')}, "
+            f"and this is the task {now}: go on with what it began with, or begin another run in another "
+            "folder"
+        )
     differing = [
         _difference(name, expected.get(name), found.get(name))
         for name in sorted({*found, *expected})
