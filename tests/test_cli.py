@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import streamcnn
-from streamcnn.cli import command_line
+from streamcnn.cli import command_line, images
 from streamcnn.data.sources import write_zarr_image
 from streamcnn.errors import PlanDoesNotFit
 from streamcnn.runtime import obstacles
@@ -138,6 +138,13 @@ def test_info_prints_what_the_file_says(run: Run, tmp_path: Path) -> None:
     }
 
 
+def test_names_of_classes_stand_apart_whatever_is_in_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    images._print_facts({"kind": "images", "classes": ["gland", 'size, "x"']}, as_json=False)
+    assert capsys.readouterr().out.splitlines()[1] == 'classes  0: gland; 1: size, "x"'
+
+
 def test_a_failed_run_is_one_line_and_status_1(run: Run, tmp_path: Path) -> None:
     status, out, err = run("info", tmp_path / "gone.zarr")
     assert (status, out) == (1, "")
@@ -200,7 +207,7 @@ def test_verify_fails_beyond_the_tolerance(run: Run, error: str, expected: int) 
             f"largest error {float(error)}",
         ],
     )
-    assert ("is beyond" in err) == bool(expected)
+    assert ("the largest relative error is" in err) == bool(expected)
 
 
 @pytest.mark.usefixtures("engine")

@@ -129,7 +129,7 @@ def test_labels_may_be_numbers_or_missing(folder: Path, tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("image;label\none;1\n", r"has the columns \['image;label'\]: needed are image and label"),
-        ("image,label\none,1\nfour,2\n", "rows without an image: 'four'"),
+        ("image,label\none,1\nfour,2\n", "rows without an image: 'four'.*; give all images that it names"),
         ("image,label\none\n", "line 2: label is blank"),
         ("image,label\n,1\n", "line 2: image is blank"),
         ("image,label\none,1\none.tif,2\n", "line 3: 'one.tif' has a row already"),

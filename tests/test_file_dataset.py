@@ -258,8 +258,14 @@ def test_an_image_that_cannot_be_opened_is_named_at_once(folder: Path) -> None:
 def test_nothing_is_no_dataset(tmp_path: Path) -> None:
     with pytest.raises(CorruptImage, match="no image is known"):
         open_dataset(tmp_path)
-    with pytest.raises(DatasetMismatch, match="cannot read the table"):
+    with pytest.raises(
+        DatasetMismatch, match=r"nothing at .*none\.csv: allowed are tile stores, CSV files and"
+    ):
         open_dataset(tmp_path / "none.csv")
+    with pytest.raises(
+        DatasetMismatch, match=r"cannot read the table .*none\.csv: No such file.*give the path"
+    ):
+        [*open_table(tmp_path / "none.csv")]
 
 
 def test_a_tile_store_is_known_by_its_files(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_two_masks_of_one_image_are_refused(folders: Path) -> None:
         (
             ["images/a.1.tif,x"],
             "image,label",
-            "needed are image and mask.*; for its column label give --task classif",
+            "needed are image and mask.*; its column label is for the task classification",
         ),
     ],
 )

@@ -239,12 +239,15 @@ def _print_facts(facts: dict[str, Any], *, as_json: bool) -> None:
         return
     width = max(map(len, facts))
     for name, value in facts.items():
+        if name == "classes":
+            # With their numbers, since names may have commas in them.
+            value = dict(enumerate(value))
         typer.echo(printable(f"{name:{width}}  {_text(name, value)}"))
 
 
 def _text(name: str, value: Any) -> str:
     if isinstance(value, dict):
-        return "; ".join(f"{key}: {_text(key, item)}" for key, item in value.items())
+        return "; ".join(f"{key}: {_text(str(key), item)}" for key, item in value.items())
     if isinstance(value, list):
         return ", ".join(map(str, value))
     if isinstance(value, tuple):

@@ -76,7 +76,11 @@ def verify(
         typer.echo(f"{verdict} on {height}x{width} pixels, in float64")
         typer.echo(printable(report.explain(), keep="\n"))
     if not agrees:
-        typer.echo(f"streamcnn: error {report.max_error:.1e} is beyond {tolerance:.1e}", err=True)
+        typer.echo(
+            f"streamcnn: error: the largest relative error is {report.max_error:.1e}, and allowed is "
+            f"{tolerance:.1e}; give a larger --tolerance if it is rounding, and else report the model",
+            err=True,
+        )
         raise typer.Exit(FAILED)
 
 

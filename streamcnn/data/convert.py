@@ -162,7 +162,10 @@ def _read_table(path: Path, images: Sequence[FoundImage]) -> dict[str, Row]:
     wrong = {"rows without an image": unknown, "images without a row": missing}
     if unknown or missing:
         described = "; ".join(f"{what}: {some(names)}" for what, names in wrong.items() if names)
-        raise DatasetMismatch(f"{path} does not fit the images: {described}")
+        raise DatasetMismatch(
+            f"{path} does not fit the images: {described}; give all images that it names, each in one "
+            "row, or take rows out"
+        )
     return rows
 
 

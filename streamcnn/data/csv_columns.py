@@ -45,7 +45,9 @@ def read_cells(
     try:
         content = open_regular(path, error=DatasetMismatch)
     except OSError as error:
-        raise DatasetMismatch(f"cannot read the table {path}: {error.strerror}") from error
+        raise DatasetMismatch(
+            f"cannot read the table {path}: {error.strerror}; give the path of a CSV file that you may read"
+        ) from error
     with io.TextIOWrapper(content, newline="", encoding="utf-8-sig") as file, _readable(path):
         yield from _cells(path, file, needed, optional, numbers)
 
@@ -106,7 +108,7 @@ def _advice(header: Sequence[str], needed: Sequence[str]) -> str:
     lower = {name.strip().lower() for name in header}
     for column, task in _TASKS.items():
         if column in lower and column not in needed and "image" in lower:
-            return f"; for its column {column} give --task {task}"
+            return f"; its column {column} is for the task {task}, as of `train --task {task}`"
     return ""
 
 

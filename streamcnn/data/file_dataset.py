@@ -18,7 +18,7 @@ from streamcnn.data.copies import check_copies, same_files
 from streamcnn.data.dataset import ImageDataset, TileDataset, no_split, will_need
 from streamcnn.data.fingerprints import content_digest, fingerprint
 from streamcnn.data.label_table import class_names, label_number
-from streamcnn.data.labelled_files import LabelledFile, files_in_folders, files_of_table
+from streamcnn.data.labelled_files import LabelledFile, files_in_folders, files_of_table, require_data
 from streamcnn.data.sources import DEFAULT_CHOICE, ImageChoice, ImageSource, open_chosen
 from streamcnn.data.sources.places import local_path
 from streamcnn.data.splits import canonical
@@ -79,6 +79,7 @@ class FileDataset(ImageDataset):
         inputs: Sequence[str] = (),
     ) -> None:
         self.path = local_path(path)
+        require_data(self.path, "tile stores, CSV files and folders of classes")
         self.input_names = tuple(inputs)
         if self.path.is_dir():
             _refuse_inputs(self.path, inputs)

@@ -116,6 +116,18 @@ def _refuse_names_twice(table: Path, rows: Sequence[tuple[int, str]]) -> None:
         raise DatasetMismatch(f"{table} has {some(twice)} in several rows (lines {lines}); keep one of each")
 
 
+def require_data(path: Path, allowed: str) -> None:
+    """Make sure that there is something at the path of a data set; ``allowed`` says what may be.
+
+    Raises
+    ------
+    DatasetMismatch
+        If there is nothing.
+    """
+    if not is_there(path):
+        raise DatasetMismatch(f"there is nothing at {path}: allowed are {allowed}; give the path of one")
+
+
 def files_in_folders(folder: Path, series: int | None = None) -> list[LabelledFile]:
     """The images in one folder for each class, sorted by name; ``series`` as for `find_images`.
 

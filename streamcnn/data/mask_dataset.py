@@ -19,7 +19,7 @@ from streamcnn.data.csv_columns import read_cells, require_filled, require_said
 from streamcnn.data.dataset import OF_CONTENT, digest_of, no_split, will_need
 from streamcnn.data.fingerprints import content_digest
 from streamcnn.data.image_files import FoundImage, find_images
-from streamcnn.data.labelled_files import UNSPLIT, distinct_scans, path_in_table
+from streamcnn.data.labelled_files import UNSPLIT, distinct_scans, path_in_table, require_data
 from streamcnn.data.mask_values import values_of_file
 from streamcnn.data.scans import scan_of
 from streamcnn.data.sources import DEFAULT_CHOICE, ImageChoice, ImageSource, is_image, open_chosen, open_image
@@ -99,6 +99,7 @@ class MaskDataset(Dataset[tuple[ImageSource, ImageSource]]):
         empty_masks: bool = False,
     ) -> None:
         self.path = local_path(path)
+        require_data(self.path, "CSV files and folders of images")
         self.choice = choice
         self._missing_chunks: MissingChunks = "fill" if empty_masks else "some"
         every = _pairs(self.path, None if masks is None else local_path(masks), choice)

@@ -105,8 +105,11 @@ def _one_per_class(store: TileStore, split: str) -> list[ImageRecord]:
         if record.label is not None:
             by_label.setdefault(record.label, record)
     if not by_label:
-        known = sorted({record.split for record in store.records})
-        raise DatasetMismatch(f"{store.folder} has no labelled image of split {split!r}: it has {known}")
+        known = sorted({record.split for record in store.records if record.label is not None})
+        raise DatasetMismatch(
+            f"{store.folder} has no labelled image of split {split!r}: it has {known} with labels; take one "
+            "of these, or give labels with `streamcnn convert --labels`"
+        )
     return [by_label[label] for label in sorted(by_label)]
 
 
