@@ -110,7 +110,7 @@ def write_table(scale: Scale, folder: Path | None = None) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     found = measured(scale)
     written = [folder / "table.md"]
-    written[0].write_text(markdown(scale, found))
+    written[0].write_text(markdown(scale, found), encoding="utf-8")
     if any(each.finished for each in found):
         for name, draw in (("resolution.png", _against_resolution), ("memory.png", _against_memory)):
             figure = draw(scale, found)

@@ -126,8 +126,9 @@ def write_explanation(
             _write_overlay(partial / OVERLAY, source, heat, table)
             image = write_image_pyramid(partial, "image", source)
             over = write_heat_pyramid(partial, "heatmap", heat, table)
-            (partial / PAGE).write_text(render_page(facts, image, over, table, is_signed=is_signed))
-            (partial / FACTS).write_text(json.dumps(asdict(facts), indent=2) + "\n")
+            page = render_page(facts, image, over, table, is_signed=is_signed)
+            (partial / PAGE).write_text(page, encoding="utf-8")
+            (partial / FACTS).write_text(json.dumps(asdict(facts), indent=2) + "\n", encoding="utf-8")
             partial.rename(folder)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
