@@ -11,6 +11,7 @@ from benchmarks import record as records
 from benchmarks.harness.results import Key, read, record
 from benchmarks.harness.scales import SCALES
 from benchmarks.harness.table import markdown, measured, write_table
+from streamcnn.errors import CannotWrite
 from streamcnn.support.units import parse_bytes
 
 TINY = SCALES["tiny"]
@@ -96,3 +97,9 @@ def test_results_are_lines_of_json(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     results(tmp_path, monkeypatch)
     lines = [json.loads(line) for line in (tmp_path / "ultramnist_tiny.jsonl").read_text().splitlines()]
     assert {"date", "commit", "device", "torch", "command"} <= lines[0].keys()
+
+
+def test_a_table_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CannotWrite, match=r"cannot write .*file: .*: give a folder that you may write to"):
+        write_table(SCALES["tiny"], tmp_path / "file")

@@ -14,6 +14,7 @@ from benchmarks.harness.method import Method
 from benchmarks.harness.results import read, results_folder
 from benchmarks.harness.scales import Scale
 from streamcnn.data.ultramnist import Recipe
+from streamcnn.support.disk import writing
 from streamcnn.support.extras import require
 from streamcnn.support.units import format_bytes, format_duration
 
@@ -105,17 +106,23 @@ def write_table(scale: Scale, folder: Path | None = None) -> list[Path]:
         Whose results.
     folder
         Created where it is missing; None takes one beside the results.
+
+    Raises
+    ------
+    CannotWrite
+        If there is no room, or the folder may not be written to.
     """
     folder = results_folder(scale.name) if folder is None else folder
-    folder.mkdir(parents=True, exist_ok=True)
     found = measured(scale)
     written = [folder / "table.md"]
-    written[0].write_text(markdown(scale, found), encoding="utf-8")
-    if any(each.finished for each in found):
-        for name, draw in (("resolution.png", _against_resolution), ("memory.png", _against_memory)):
-            figure = draw(scale, found)
-            figure.savefig(folder / name, dpi=120, bbox_inches="tight")
-            written.append(folder / name)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        written[0].write_text(markdown(scale, found), encoding="utf-8")
+        if any(each.finished for each in found):
+            for name, draw in (("resolution.png", _against_resolution), ("memory.png", _against_memory)):
+                figure = draw(scale, found)
+                figure.savefig(folder / name, dpi=120, bbox_inches="tight")
+                written.append(folder / name)
     return written
 
 
