@@ -19,7 +19,7 @@ _GLOBAL_HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Unseen:
-    """Members of modules' classes, global module hooks, replaced functions of PyTorch, and the environment."""
+    """Members of modules' classes, global module hooks, PyTorch's replaced functions, and the environment."""
 
     members: tuple[Any, ...]
     environment: Mapping[str, str]
