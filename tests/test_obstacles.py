@@ -104,7 +104,7 @@ def test_every_reason_of_a_rule_has_its_remedy() -> None:
                 reasons.add(next(str(each.value) for each in texts))
     assert len(reasons) > 20
     assert not {reason for reason in reasons if not any(map(reason.startswith, REMEDIES))}
-    assert remedy_for("its equation 'ij,jk' leaves axes unnamed").startswith("name every axis")
+    assert remedy_for("its equation 'ij,jk' cannot be read").startswith("name every axis")
     assert "pooled features" in remedy_for("it is new")
 
 

@@ -308,9 +308,7 @@ def volumes(x: Tensor) -> Tensor:
 
 RESIDENT = {
     "matrix product of rows": lambda x: x @ x.transpose(2, 3),
-    "matrix product": lambda x: torch.einsum("nchw,ndhw->ncd", x, x),
     "rolled into other rows": lambda x: x.roll(3),
-    "transposed and joined along space": lambda x: torch.cat((x, x[:, :, :4]), 2),
     "channels last shuffled": lambda x: F.channel_shuffle(x[:, :, 1:].permute(0, 2, 3, 1), 2),
     "channels last into rows": lambda x: F.pixel_unshuffle(x[:, :, 1:, 1:].permute(0, 2, 3, 1), 2),
     "rows into channels last": lambda x: F.pixel_shuffle(x[:, :, 1:].permute(0, 2, 3, 1), 2),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from streamcnn.geometry.axis_maps import AxisMap, Repeated, Reversed, Same, Slid
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import with_extents
 from streamcnn.graph.costs import NOTHING, Cost, declare
+from streamcnn.graph.ops import joining
 from streamcnn.graph.ops.pointwise import per_position, pointwise
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
 from streamcnn.graph.program import Access, Axes, Ref
@@ -188,7 +189,7 @@ def expanded(x: Tensor, shape: tuple[int, ...], axes: Axes, *, out: Region, orig
 
 @rule(aten.cat.default, aten.concat.default, aten.concatenate.default, aten.stack.default)
 def concatenate(tracer: Tracer, call: Call) -> Ref | NotStreamable:
-    """Maps of one size side by side along another axis than the spatial ones."""
+    """Maps side by side along any axis; of one size, unless that is a spatial one."""
     refs, dim = call.bind("tensors", "dim")
     kept = [ref for ref in refs if tracer.spec(ref).shape != (0,)]
     if len(kept) < len(refs):
@@ -205,7 +206,7 @@ def concatenate(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     if call.target is aten.stack.default:
         rows, cols = rows + (dim <= rows), cols + (dim <= cols)
     if dim in (rows, cols):
-        return NotStreamable("it joins maps along a spatial axis")
+        return joining.join(tracer, refs, dim, like, (rows, cols))
     accesses = {ref.name: Access() for ref in refs}
     return tracer.local(call.target, (list(refs), dim), like=like, axes=(rows, cols), accesses=accesses)
 
@@ -242,23 +243,17 @@ def _as_map(tracer: Tracer, ref: Ref, refs: Sequence[Ref]) -> Ref:
     aten.tensor_split.indices,
 )
 def split(tracer: Tracer, call: Call) -> tuple[Ref, ...] | NotStreamable:
-    """Consecutive ranges of channels."""
+    """Consecutive ranges of an axis."""
     ref, dim = call.bind("self", "dim")
     parts = tracer.fake(call)
     dim = dim % parts[0].dim()
-    if dim in _axes(tracer, ref):
-        return NotStreamable("it splits a spatial axis")
-    sizes = [part.shape[dim] for part in parts]
-    starts = [0, *accumulate(sizes)]
+    if dim in _axes(tracer, ref) and len(parts) > joining.MOST_PARTS:
+        return NotStreamable(f"it splits a spatial axis into more than {joining.MOST_PARTS} parts")
+    starts = [0, *accumulate(part.shape[dim] for part in parts)]
     return tuple(
-        _slice_channels(tracer, ref, dim, start, start + size, 1)
-        for start, size in zip(starts, sizes, strict=False)
+        slice_axis(tracer, Call(aten.slice.Tensor, (ref, dim, start, stop, 1), {}))
+        for start, stop in pairwise(starts)
     )
-
-
-def _slice_channels(tracer: Tracer, ref: Ref, dim: int, start: int, stop: int, step: int) -> Ref:
-    call = Call(aten.slice.Tensor, (ref, dim, start, stop, step), {})
-    return per_position(tracer, call, ref)
 
 
 @rule(aten.unbind.int)
