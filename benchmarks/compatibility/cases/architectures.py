@@ -191,6 +191,32 @@ class LovaszHinge(Small):
         return x + F.relu(errors) @ jaccard
 
 
+@CASES("quarters and halves that layers see by themselves (MPRNet)", passes(2))
+class MultiPatch(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(WIDTH, WIDTH, 3, padding=1) for _ in range(3)])
+
+    def middle(self, x: Tensor) -> Tensor:
+        h, w = x.shape[2:]
+        halves = []
+        for half in (x[:, :, : h // 2], x[:, :, h // 2 :]):
+            quarters = self.layers[0](half[..., : w // 2]), self.layers[0](half[..., w // 2 :])
+            halves.append(self.layers[1](torch.cat(quarters, 3).relu()))
+        return x + self.layers[2](torch.cat(halves, 2).sin())
+
+
+@CASES("linear attention by equations (MAnet), upsampling by tensordot (HoVer-Net)", passes(2))
+class Equations(Small):
+    def middle(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        queries, keys, values = F.softplus(x).flatten(2).mT, F.softplus(x).flatten(2), x.flatten(2)
+        norm = 1 / torch.einsum("bnc,bc->bn", queries, keys.sum(-1))
+        mixed = torch.einsum("bnm,bmc,bn->bcn", queries, torch.einsum("bmn,bcn->bmc", keys, values), norm)
+        blocks = torch.tensordot(mixed.view(n, c, h, w, 1), torch.ones(1, 2, 2, dtype=x.dtype), dims=1)
+        return blocks.permute(0, 1, 2, 4, 3, 5).reshape(n, c, 2 * h, 2 * w)[:, :, ::2, ::2]
+
+
 class Reparametrised(Small):
     """A 3x3 and a 1x1 branch, which become one convolution."""
 

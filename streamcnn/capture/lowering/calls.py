@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-import streamcnn.capture.lowering.folded_axes  # these five fill the registry
+import streamcnn.capture.lowering.folded_axes  # these six fill the registry
+import streamcnn.capture.lowering.folded_equations
 import streamcnn.capture.lowering.folded_images
 import streamcnn.capture.lowering.folded_losses
 import streamcnn.capture.lowering.folded_products

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from string import ascii_letters
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from streamcnn.capture.lowering.folding import (
     as_folded,
     as_seen,
     is_merged_like,
-    parts_of,
     reshaped,
     taken_apart,
     unfolded,
@@ -57,40 +55,6 @@ def _over_positions(tracer: FoldingTracer, first: Folded, second: Folded) -> Any
     if len(second.runs) != ndim or shapes[0] != shapes[1] or tracer.axes(columns) != tracer.axes(second.ref):
         return NotStreamable("it sums over all positions of operands that have them in different shapes")
     return products.over_positions(tracer, columns, second.ref, second.span(-2))
-
-
-def _einsum(tracer: FoldingTracer, call: Call) -> Any:
-    """Translate ``einsum``, with a letter for each of the map's axes."""
-    equation, operands = call.bind("equation", "tensors")
-    named = products.terms_of(equation)
-    if isinstance(named, NotStreamable):
-        return named
-    *terms, right = named
-    parts: dict[str, tuple[int, ...]] = {}
-    for term, value in zip(terms, operands, strict=True):
-        if isinstance(value, Folded):
-            for axis, letter in enumerate(term):
-                part = parts_of(tracer, value, axis)
-                if parts.setdefault(letter, part) != part:
-                    return NotStreamable("its operands have their axes of space merged differently")
-    unused = iter(sorted(set(ascii_letters) - set(equation)))
-    letters = {letter: letter + "".join(next(unused) for _ in part[1:]) for letter, part in parts.items()}
-    refs: list[Ref] = []
-    for term, value in zip(terms, operands, strict=True):
-        if isinstance(value, Folded):
-            refs.append(value.ref)
-            continue
-        pairs = list(zip(term, tracer.spec(value).shape, strict=True))
-        if tracer.axes(value) is not None or any(
-            len(parts.get(letter, ())) > 1 and extent == 1 for letter, extent in pairs
-        ):
-            return NotStreamable("its operands have their axes of space merged differently")
-        apart = [i for letter, extent in pairs for i in parts.get(letter, (extent,))]
-        refs.append(reshaped(tracer, value, tuple(apart)))
-    *finer, result_term = ("".join(letters.get(each, each) for each in term) for term in (*terms, right))
-    result = tracer.stream(Call(call.target, (f"{','.join(finer)}->{result_term}", refs), {}))
-    like = tracer.fake_seen(call)
-    return as_seen(tracer, result, tuple(len(letters.get(each, each)) for each in right), like.shape)
 
 
 def _attention(tracer: FoldingTracer, call: Call) -> Any:
@@ -175,7 +139,6 @@ def _whole(tracer: FoldingTracer, value: Folded) -> Ref:
 TRANSLATIONS.update(
     {
         products.matrix_product: _product,
-        products.einsum: _einsum,
         products.attention: _attention,
     }
 )

@@ -65,7 +65,14 @@ Translation = Callable[[FoldingTracer, Call], Any]
 TRANSLATIONS: dict[Any, Translation] = {}
 """The translation of a call, by its operator's rule."""
 
-MERGING = (shape.reshape, products.matrix_product, products.attention, sliding_blocks.blocks)
+MERGING = (
+    shape.reshape,
+    products.matrix_product,
+    products.einsum,
+    products.tensordot,
+    products.attention,
+    sliding_blocks.blocks,
+)
 """Rules of operators of which translations stream some calls on plain maps that the rule refuses."""
 
 

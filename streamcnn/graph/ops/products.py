@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from string import ascii_letters
 from typing import Any
 
 import torch
@@ -46,19 +47,53 @@ def matrix_product(tracer: Tracer, call: Call) -> Ref | NotStreamable:
 def einsum(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """A product of any operands over axes that are not spatial."""
     equation, refs = call.bind("equation", "tensors")
-    named = terms_of(equation)
+    named = terms_of(equation, [len(tracer.spec(ref).shape) for ref in refs])
     if isinstance(named, NotStreamable):
         return named
     *terms, result = named
     return _product(tracer, call, list(zip(refs, terms, strict=True)), result)
 
 
-def terms_of(equation: str) -> list[str] | NotStreamable:
-    """The letters of each operand's axes in an equation of ``einsum``, and then those of the result."""
+@rule(aten.tensordot.default)
+def tensordot(tracer: Tracer, call: Call) -> Ref | NotStreamable:
+    """A product of two operands over listed axes."""
+    ndims = [len(tracer.spec(ref).shape) for ref in call.bind("self", "other")]
+    result: Ref | NotStreamable = einsum(tracer, by_equation(call, ndims))
+    return result
+
+
+def by_equation(call: Call, ndims: Sequence[int]) -> Call:
+    """A ``tensordot`` of operands of so many axes, as ``einsum``."""
+    first, second, *listed = call.bind("self", "other", "dims_self", "dims_other")
+    names = iter(ascii_letters)
+    terms = [[next(names) for _ in range(ndim)] for ndim in ndims]
+    for axis, other in zip(*listed, strict=True):
+        terms[1][other] = terms[0][axis]
+    left, right = ("".join(term) for term in terms)
+    result = "".join(letter for letter in left + right if (left + right).count(letter) == 1)
+    return Call(aten.einsum.default, (f"{left},{right}->{result}", [first, second]), {})
+
+
+def terms_of(equation: str, ndims: Sequence[int]) -> list[str] | NotStreamable:
+    """The letters of the axes of each operand of an ``einsum``, and last those of the result.
+
+    Axes that ``...`` stands for get letters that the equation does not have.
+    """
     left, arrow, right = equation.replace(" ", "").partition("->")
-    if not arrow or "." in equation:
-        return NotStreamable(f"its equation '{equation}' leaves axes unnamed")
-    return [*left.split(","), right]
+    terms = left.split(",")
+    if not set(equation) <= {*ascii_letters, *" ,.->"} or len(terms) != len(ndims):
+        return NotStreamable(f"its equation '{equation}' cannot be read")
+    if not arrow:
+        # Those that stand once, in the order of the alphabet.
+        letters = left.replace(",", "").replace(".", "")
+        right = "..." * ("." in left) + "".join(sorted(x for x in set(letters) if letters.count(x) == 1))
+    counts = [ndim - len(term.replace("...", "")) for term, ndim in zip(terms, ndims, strict=True)]
+    unused = sorted(set(ascii_letters) - set(equation))[: max(0, *counts)]
+    apart = [
+        term.replace("...", "".join(unused[len(unused) - count :]))
+        for term, count in zip(terms, counts, strict=True)
+    ]
+    return [*apart, right.replace("...", "".join(unused))]
 
 
 def _batch(count: int) -> Labels:
@@ -88,6 +123,8 @@ def _axes_of_product(
     if len(places) != 1:
         return NotStreamable("its operands have their spatial axes at different places")
     ((rows, cols),) = places
+    if any(labels.count(name) > 1 for _, labels in operands for name in (rows, cols)):
+        return NotStreamable("it takes a diagonal of positions")
     if not {rows, cols} <= set(result):
         return NotStreamable("it mixes positions")
     axes = (result.index(rows), result.index(cols))
@@ -122,7 +159,7 @@ _REORDERING = Cost(
     saves=Saves(factors=True, beside=_operand_bytes),
     routine=Routine.MATRIX_PRODUCT,
 )
-declare(aten.einsum, cost=_REORDERING)
+declare(aten.einsum, aten.tensordot, cost=_REORDERING)
 
 
 def _with_axes(tracer: Tracer, ref: Ref, ndim: int) -> Ref:

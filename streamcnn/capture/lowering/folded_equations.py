@@ -1,0 +1,173 @@
+"""Products by an equation of ``einsum``, of maps with merged axes of space, and such that mix positions.
+
+Where the product is no product of each position by itself, it is carried out as a product of matrices, which
+has its positions as rows, as columns or summed over: attention, and keys with values of linear attention.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from string import ascii_letters
+from typing import Any
+
+import torch
+
+from streamcnn.capture.lowering.folding import (
+    TRANSLATIONS,
+    Folded,
+    FoldingTracer,
+    as_seen,
+    is_folded,
+    parts_of,
+    reshaped,
+    stream_folded,
+    values_of,
+)
+from streamcnn.graph.ops import products
+from streamcnn.graph.ops.rules import Call, NotStreamable
+from streamcnn.graph.program import Ref
+
+aten = torch.ops.aten
+
+Value = Ref | Folded
+
+_MIXING = NotStreamable("it mixes positions")
+
+
+def _einsum(tracer: FoldingTracer, call: Call) -> Any:
+    """A product by an equation, with a letter for each axis that the code sees."""
+    equation, operands = call.bind("equation", "tensors")
+    shapes = [_seen(tracer, value) for value in operands]
+    named = products.terms_of(equation, [len(shape) for shape in shapes])
+    if isinstance(named, NotStreamable):
+        return named
+    *terms, right = named
+    # Without merged axes the rule has been asked already.
+    result = _by_letters(tracer, call, terms, right, operands) if is_folded(call) else _MIXING
+    if not isinstance(result, NotStreamable):
+        return result
+    extents: dict[str, int] = {}
+    for term, shape in zip(terms, shapes, strict=True):
+        if len(set(term)) < len(term) or any(
+            extents.setdefault(*pair) != pair[1] for pair in zip(term, shape, strict=True)
+        ):
+            # A diagonal, or an axis of one position that is repeated.
+            return result
+    if len(terms) > 2:
+        return result
+    # What only one operand has and the result lacks is summed first.
+    summed = [
+        _summed(tracer, value, term, right + "".join(terms[:index] + terms[index + 1 :]))
+        for index, (value, term) in enumerate(zip(operands, terms, strict=True))
+    ]
+    if any(isinstance(value, NotStreamable) for value, _ in summed):
+        return result
+    if len(summed) == 1:
+        ((value, term),) = summed
+        return _permuted(tracer, value, term, right)
+    product = _as_matrices(tracer, summed[0], summed[1], right, extents)
+    return result if isinstance(product, NotStreamable) else product
+
+
+def _by_letters(
+    tracer: FoldingTracer, call: Call, terms: Sequence[str], right: str, operands: Sequence[Value]
+) -> Any:
+    """The product of each position by itself, with a letter for each of the map's axes."""
+    parts: dict[str, tuple[int, ...]] = {}
+    for term, value in zip(terms, operands, strict=True):
+        if isinstance(value, Folded):
+            for axis, letter in enumerate(term):
+                part = parts_of(tracer, value, axis)
+                if parts.setdefault(letter, part) != part:
+                    return NotStreamable("its operands have their axes of space merged differently")
+    unused = iter(sorted(set(ascii_letters) - set("".join(terms))))
+    letters = {letter: letter + "".join(next(unused) for _ in part[1:]) for letter, part in parts.items()}
+    refs: list[Ref] = []
+    for term, value in zip(terms, operands, strict=True):
+        if isinstance(value, Folded):
+            refs.append(value.ref)
+            continue
+        pairs = list(zip(term, tracer.spec(value).shape, strict=True))
+        if tracer.axes(value) is not None or any(
+            len(parts.get(letter, ())) > 1 and extent == 1 for letter, extent in pairs
+        ):
+            return NotStreamable("its operands have their axes of space merged differently")
+        apart = [i for letter, extent in pairs for i in parts.get(letter, (extent,))]
+        refs.append(reshaped(tracer, value, tuple(apart)))
+    *finer, result_term = ("".join(letters.get(each, each) for each in term) for term in (*terms, right))
+    result = tracer.stream(Call(call.target, (f"{','.join(finer)}->{result_term}", refs), {}))
+    like = tracer.fake_seen(call)
+    return as_seen(tracer, result, tuple(len(letters.get(each, each)) for each in right), like.shape)
+
+
+def _as_matrices(
+    tracer: FoldingTracer,
+    first: tuple[Value, str],
+    second: tuple[Value, str],
+    right: str,
+    extents: dict[str, int],
+) -> Any:
+    """A product of two operands with these letters as one of matrices, in batches."""
+    (left_value, left), (right_value, other) = first, second
+    batch = [each for each in right if each in left and each in other]
+    rows = [each for each in right if each in left and each not in other]
+    columns = [each for each in right if each in other and each not in left]
+    shared = [each for each in left if each in other and each not in right]
+
+    def matrices(value: Value, term: str, *groups: Sequence[str]) -> Any:
+        turned = _permuted(tracer, value, term, "".join([*batch, *groups[0], *groups[1]]))
+        sizes = [math.prod(extents[each] for each in group) for group in groups]
+        return _reshaped(tracer, turned, (*(extents[each] for each in batch), *sizes))
+
+    operands = matrices(left_value, left, rows, shared), matrices(right_value, other, shared, columns)
+    if any(isinstance(each, NotStreamable) for each in operands):
+        return _MIXING
+    product = _applied(tracer, Call(aten.matmul.default, operands, {}))
+    apart = _reshaped(tracer, product, tuple(extents[each] for each in (*batch, *rows, *columns)))
+    return _permuted(tracer, apart, "".join([*batch, *rows, *columns]), right)
+
+
+def _summed(tracer: FoldingTracer, value: Value, term: str, kept: str) -> tuple[Any, str]:
+    """An operand without the axes whose letters are not ``kept``, and the letters that it has then."""
+    dims = [axis for axis, letter in enumerate(term) if letter not in kept]
+    if not dims:
+        return value, term
+    total = _applied(tracer, Call(aten.sum.dim_IntList, (value, dims), {}))
+    return total, "".join(letter for letter in term if letter in kept)
+
+
+def _permuted(tracer: FoldingTracer, value: Any, term: str, wanted: str) -> Any:
+    if isinstance(value, NotStreamable) or term == wanted:
+        return value
+    return _applied(tracer, Call(aten.permute.default, (value, [term.index(each) for each in wanted]), {}))
+
+
+def _reshaped(tracer: FoldingTracer, value: Any, shape: tuple[int, ...]) -> Any:
+    if isinstance(value, NotStreamable) or _seen(tracer, value) == shape:
+        return value
+    return _applied(tracer, Call(aten.reshape.default, (value, shape), {}))
+
+
+def _applied(tracer: FoldingTracer, call: Call) -> Any:
+    """What a call gives, of maps as the code sees them or of global values alone."""
+    if all(isinstance(value, Ref) and tracer.axes(value) is None for value in values_of(call)):
+        return tracer.global_value(call.target, *call.args, **call.kwargs)
+    result = NotStreamable("") if is_folded(call) else tracer.stream(call)
+    return stream_folded(tracer, call) if isinstance(result, NotStreamable) else result
+
+
+def _seen(tracer: FoldingTracer, value: Value) -> tuple[int, ...]:
+    """The shape that the code sees."""
+    if isinstance(value, Folded):
+        return value.seen(tracer.spec(value.ref).shape)
+    return tracer.spec(value).shape
+
+
+def _tensordot(tracer: FoldingTracer, call: Call) -> Any:
+    """A product over listed axes of two operands, by an equation."""
+    shapes = [_seen(tracer, value) for value in call.bind("self", "other")]
+    return _einsum(tracer, products.by_equation(call, [len(shape) for shape in shapes]))
+
+
+TRANSLATIONS.update({products.einsum: _einsum, products.tensordot: _tensordot})
