@@ -301,6 +301,11 @@ def test_mean_is_exact_where_it_is_large_against_the_deviation() -> None:
     assert_streamed_equals_plain(net, SHAPE, tile=TILE)
 
 
+def test_a_norm_over_no_values_is_planned() -> None:
+    # As in networks whose width is divided until nothing is left.
+    assert_streams(lambda x: x + F.layer_norm(x.mean((2, 3))[:, :0], (0,)).sum())
+
+
 def volumes(x: Tensor) -> Tensor:
     """Three slices of each map, along the last axis."""
     return torch.stack((x, x.sin(), x.cos()), -1)

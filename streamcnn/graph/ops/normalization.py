@@ -291,7 +291,8 @@ def _statistics_bytes(operation: Operation) -> int:
     """Bytes of the means and deviations."""
     operand, shape = operation.bind("input", "normalized_shape")
     itemsize = statistics_dtype(operand.tensor.dtype).itemsize
-    return 2 * itemsize * (operation.numel // int(math.prod(shape)))
+    # How many rows there are, elements do not say of a norm over no values.
+    return 2 * itemsize * (operation.numel // max(1, int(math.prod(shape))))
 
 
 declare(
