@@ -277,7 +277,7 @@ def test_images_are_converted(run: Run, tmp_path: Path) -> None:
     assert out.startswith("a: 3 x 70 x 50 uint8, ")
     assert "already" not in out
     assert run("convert", tmp_path / "in", tmp_path / "out") == (0, "1 image already in the store\n", "")
-    assert "classes       cat" in run("info", tmp_path / "out")[1].splitlines()
+    assert "classes       0: cat" in run("info", tmp_path / "out")[1].splitlines()
     status, _, err = run("convert", tmp_path / "gone", tmp_path / "out")
     assert status == 1
     assert "there is nothing at" in err
