@@ -162,6 +162,8 @@ def test_memory_found_at_the_end_leads_to_the_same_result(monkeypatch: pytest.Mo
     found = update(model)
     assert model.last_report is not None
     assert model.last_report.num_retries == 1
+    # The peak is that of the refused try too, which was found to be above the budget.
+    assert (model.last_report.measured_bytes or 0) > BUDGET
     assert torch.equal(torch.get_rng_state(), state)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9, msg=name)

@@ -13,12 +13,12 @@ from streamcnn.runtime.report import Report
 
 @dataclass(slots=True)
 class PassMeter:
-    """Time and memory of one pass so far, retries included."""
+    """Time and memory of one pass so far, with what tries took that were refused memory."""
 
     began: float = field(default_factory=time.perf_counter)
     seconds: float = 0.0
     peak: int | None = None
-    """Bytes, in the direction with more; None if none was measured."""
+    """Bytes, in the direction and the try with most; None if none was measured."""
     reading: str = "unknown"
     """Which counter the peak comes from."""
     is_shared: bool = False
@@ -29,7 +29,7 @@ class PassMeter:
     num_smaller_plans: int = 0
 
     def note(self, limit: Limit) -> None:
-        """Add what the limit of one direction has measured."""
+        """Add what the limit of one direction has measured, which may have been refused memory."""
         peak, at_most = limit.peak_bytes, limit.at_most_bytes
         if peak is not None and at_most is not None:
             # This direction may be the one with more, as samples may have missed its peak.

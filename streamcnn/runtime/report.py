@@ -17,7 +17,8 @@ class Report:
     projected_bytes: int
     measured_bytes: int | None
     """Peak. On the CPU above what the process held when the forward pass began; on a GPU all that the
-    process held there. ``None`` if it cannot be read."""
+    process held there. Tries that were refused memory count too: above the budget, if that was found only
+    afterwards. ``None`` if it cannot be read."""
     reading: str
     """Which counter ``measured_bytes`` comes from: ``VmHWM`` is exact, ``VmRSS, sampled`` a lower bound."""
     seconds: float

@@ -276,6 +276,8 @@ class Pass:
         except BaseException as error:
             is_limited = plan.budget is not None or self.ceiling.room is not None
             if is_limited and is_out_of_memory(error):
+                # The pass may be begun again, and what it took by then is part of its peak.
+                self.meter.note(limit)
                 text = refusal(plan, direction, error, self._room(), why_last=self._why_last_try())
                 raise BudgetExceeded(text) from error
             raise
