@@ -197,6 +197,11 @@ CHANGES: dict[str, Callable[[Tensor], object]] = {
     "some rows": lambda w: w[1:].mul_(torch.tensor([[1j], [2], [3 + 1j]])),
     "every other column": lambda w: w[:, ::2].mul_(1j),
     "the diagonal": lambda w: w.diagonal().mul_(1j),
+    "the conjugate": lambda w: w.conj().mul_(2 - 1j),
+    "the real part": lambda w: w.real.mul_(w.imag.clone()),
+    "the imaginary part": lambda w: w.imag.add_(w.real),
+    "the imaginary part of a row of the conjugate": lambda w: w.conj()[1].imag.mul_(3),
+    "the real part of the real part": lambda w: w.real.real.mul_(3),
 }
 
 
@@ -209,6 +214,15 @@ def channels_turned(f: Tensor) -> Tensor:
     z = rotated(f)
     z[:, 1:3] *= 1j
     z[:, 0] = z[:, 3].conj()
+    return z.real + z.imag
+
+
+def parts_changed(f: Tensor) -> Tensor:
+    z = rotated(f)
+    z.real.mul_(f)
+    z.imag[:, 1:3] += z.real[:, 1:3]
+    z.conj().mul_(2 - 1j)
+    z[:, :2].imag.mul_(3)
     return z.real + z.imag
 
 
@@ -229,8 +243,8 @@ def low_frequencies(f: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("change", "resident"),
-    [(channels_turned, False), (rows_turned, False), (low_frequencies, True)],
-    ids=["channels", "rows", "low frequencies"],
+    [(channels_turned, False), (parts_changed, False), (rows_turned, False), (low_frequencies, True)],
+    ids=["channels", "real and imaginary parts", "rows", "low frequencies"],
 )
 def test_a_part_of_a_complex_map_is_assigned(change: Callable[[Tensor], Tensor], resident: bool) -> None:
     assert_same_gradients(Between(change).double(), resident=resident)

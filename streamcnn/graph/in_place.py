@@ -16,12 +16,12 @@ from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.costs import Cost, declare, draws
 from streamcnn.graph.fakes import is_fake, memory_of
 from streamcnn.graph.program import Ref
-from streamcnn.graph.scattering import entry_replaced, slice_replaced
+from streamcnn.graph.scattering import entry_replaced, imag_replaced, real_replaced, slice_replaced
 from streamcnn.graph.schemas import bound, name_in_library, operator_name, places_of_axes
 
 aten = torch.ops.aten
 
-_SAME_VALUES = frozenset({"alias", "detach", "contiguous", "to", "type_as", "lift_fresh"})
+_SAME_VALUES = frozenset({"alias", "detach", "contiguous", "to", "type_as", "lift_fresh", "real"})
 _REGROUPED = frozenset(
     {
         *("view", "reshape", "flatten", "unflatten", "_unsafe_view", "view_as", "reshape_as"),
@@ -40,6 +40,7 @@ _SLICE: dict[bool, Callable[..., Any]] = {False: aten.slice_scatter.default, Tru
 """What replaces a range along an axis, by whether values are complex."""
 _ENTRY: dict[bool, Callable[..., Any]] = {False: aten.select_scatter.default, True: entry_replaced}
 """What replaces one entry of an axis."""
+_COMPLEX_PARTS: dict[str, Callable[..., Any]] = {"real": real_replaced, "imag": imag_replaced}
 _SHAPES = frozenset(
     {"unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_", "detach_", "as_strided_"}
 )
@@ -313,6 +314,10 @@ def scattered(
     if name in _ADJOINTS and is_complex:
         # Values are conjugated too, and the adjoint of the adjoint is the matrix itself.
         return view.target, (value,)
+    if name in ("conj", "_conj"):
+        return aten.conj_physical.default, (value,)
+    if name in _COMPLEX_PARTS and is_complex:
+        return _COMPLEX_PARTS[name], (before, value)
     if name in _PERMUTED:
         return aten.permute.default, (value, _inverse(view, shape))
     if name in ("slice", "narrow"):

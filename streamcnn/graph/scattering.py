@@ -26,5 +26,15 @@ def entry_replaced(into: Tensor, part: Tensor, dim: int, index: int) -> Tensor:
     return slice_replaced(into, part.unsqueeze(dim), dim, start, start + 1, 1)
 
 
+def real_replaced(into: Tensor, part: Tensor) -> Tensor:
+    """Complex ``into`` with the real values ``part``, of the same shape, for its real part."""
+    return torch.complex(part, into.imag)
+
+
+def imag_replaced(into: Tensor, part: Tensor) -> Tensor:
+    """Complex ``into`` with the real values ``part``, of the same shape, for its imaginary part."""
+    return torch.complex(into.real, part)
+
+
 def _pairs(values: Tensor) -> Tensor:
     return torch.view_as_real(values.resolve_conj())

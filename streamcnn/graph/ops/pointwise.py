@@ -26,6 +26,7 @@ from streamcnn.graph.costs import (
 from streamcnn.graph.in_place import revalued
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
 from streamcnn.graph.program import Access, Axes, Ref, refs_in, substitute
+from streamcnn.graph.scattering import imag_replaced, real_replaced
 
 aten = torch.ops.aten
 
@@ -84,7 +85,11 @@ def _overloads(name: str) -> list[OpOverload]:
     return [getattr(packet, overload) for overload in packet.overloads() if "out" not in overload]
 
 
-@rule(torch.Tag.pointwise, revalued, *_UNTAGGED, *(each for name in _ALIASES for each in _overloads(name)))
+@rule(
+    *(torch.Tag.pointwise, revalued, real_replaced, imag_replaced),
+    *_UNTAGGED,
+    *(each for name in _ALIASES for each in _overloads(name)),
+)
 def pointwise(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     """Each result position from the same position of every operand, with broadcasting."""
     like = tracer.fake(call)
