@@ -135,6 +135,8 @@ class BackwardTile:
 
     def _reach_taps(self) -> None:
         """Make each tap a root that no root leads to, because its readers stop the gradient."""
+        if not self.taps:
+            return
         reached: set[Any] = set()
         for root, _ in self.roots:
             _walk(root.grad_fn, reached)
