@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from functools import partial
-from threading import Lock
 
 import torch
 from torch import Tensor
 
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import crop, layout
-from streamcnn.stores.base import Store, StoreSpec
-from streamcnn.stores.frontier import Frontier
+from streamcnn.stores.base import StoreSpec
 from streamcnn.stores.pinned import PinnedBlock, SparePinned, shaped
 from streamcnn.stores.transfers import Deferred, GpuTransfers, Incoming, few_pieces
+from streamcnn.stores.whole import WholeStore
 
 
-class HostStore(Store):
+class HostStore(WholeStore):
     """One pinned block that holds the whole map, allocated at the first write, in the layout of that.
 
     A region without gaps in memory, such as a band of full rows of one image in ``channels_last``, is copied
@@ -34,14 +33,10 @@ class HostStore(Store):
     """
 
     def __init__(self, spec: StoreSpec, transfers: GpuTransfers, spares: SparePinned) -> None:
-        super().__init__(spec)
+        super().__init__(spec, zeroed=False)
         self._transfers = transfers
         self._spares = spares
         self._block: PinnedBlock | None = None
-        self._map: Tensor | None = None
-        self._lock = Lock()
-        """Guards the allocation and the frontier."""
-        self._frontier = Frontier(spec.size)
 
     def _read(self, region: Region) -> Tensor:
         return self._reserve(region).tile()
@@ -51,10 +46,7 @@ class HostStore(Store):
         if self._map is None:
             return Deferred(partial(torch.zeros, shape, dtype=dtype, device=self._transfers.compute_device))
         self._transfers.settle(self)
-        for part, holds in self._claim(self._map, region):
-            if not holds:
-                self._view(self._map, part).zero_()
-        view = self._view(self._map, region)
+        view = self._readable(self._map, region)
         return self._transfers.bring(shape, dtype, partial(self._source, view), layout(view))
 
     def _source(self, view: Tensor) -> Tensor:
@@ -99,14 +91,6 @@ class HostStore(Store):
                 self._block = self._spares.take(self.spec.nbytes, self._transfers.engine.pin)
                 self._map = shaped(self._block.memory, self.spec.shape, self.spec.dtype, layout(tile))
             return self._map
-
-    def _claim(self, whole: Tensor, region: Region) -> list[tuple[Region, bool]]:
-        """Split ``region`` by whether something was written there, and count all of it as written."""
-        with self._lock:
-            return self._frontier.claim(region, lambda part: self._view(whole, part).zero_())
-
-    def _view(self, whole: Tensor, region: Region) -> Tensor:
-        return crop(whole, self.spec.axes, self._whole, region)
 
 
 def _combine(target: Tensor, tile: Tensor, *, adds: bool) -> None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from threading import Lock
-
 import torch
 from torch import Tensor
 
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import crop, layout
-from streamcnn.stores.base import Store, StoreSpec
-from streamcnn.stores.frontier import Frontier
+from streamcnn.stores.base import StoreSpec
 from streamcnn.stores.pinned import fresh_memory, shaped
+from streamcnn.stores.whole import WholeStore
 
 
-class MemoryStore(Store):
+class MemoryStore(WholeStore):
     """One tensor that holds the whole map, allocated at the first write, in the layout of that.
 
     Parameters
@@ -41,22 +39,15 @@ class MemoryStore(Store):
         *,
         zeroed: bool = True,
     ) -> None:
-        super().__init__(spec)
-        self._zeroed = zeroed
+        super().__init__(spec, zeroed=zeroed)
         self._device = device
-        self._map: Tensor | None = None
         self._is_shared = False
         """Whether the map is a tile that others may read, and so must not be changed."""
-        self._lock = Lock()
-        """Guards the allocation and the frontier."""
-        self._frontier = Frontier(spec.size)
 
     def _read(self, region: Region) -> Tensor:
         if self._map is None:
             return torch.zeros(self.spec.tile_shape(region), dtype=self.spec.dtype, device=self._device)
-        if not self._zeroed:
-            self._zero_unwritten(self._map, region)
-        return self._view(self._map, region)
+        return self._readable(self._map, region)
 
     def _write(self, region: Region, tile: Tensor, *, may_keep: bool) -> None:
         if may_keep and self._can_keep(region, tile):
@@ -106,20 +97,6 @@ class MemoryStore(Store):
             elif self._is_shared:
                 self._map, self._is_shared = self._map.clone(), False
             return self._map
-
-    def _claim(self, whole: Tensor, region: Region) -> list[tuple[Region, bool]]:
-        """Split ``region`` by whether something was written there, and count all of it as written."""
-        zero = None if self._zeroed else lambda part: self._view(whole, part).zero_()
-        with self._lock:
-            return self._frontier.claim(region, zero)
-
-    def _zero_unwritten(self, whole: Tensor, region: Region) -> None:
-        for part, holds in self._claim(whole, region):
-            if not holds:
-                self._view(whole, part).zero_()
-
-    def _view(self, whole: Tensor, region: Region) -> Tensor:
-        return crop(whole, self.spec.axes, self._whole, region)
 
 
 def _keeps_tiles(device: torch.device, *, zeroed: bool) -> bool:
