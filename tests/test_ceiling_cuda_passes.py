@@ -192,7 +192,7 @@ def test_memory_taken_past_the_cap_ends_a_pass_with_its_tile(
     check = CudaLimit.check
 
     def sampled(limit: CudaLimit) -> None:
-        limit.sample()
+        limit._sampler.sample()
         check(limit)
 
     monkeypatch.setattr(CudaLimit, "check", sampled)

@@ -97,10 +97,6 @@ class CudaLimit:
         """NVML's readings in order, those that are known: ``time.perf_counter()`` in seconds, bytes."""
         return self._sampler.samples
 
-    def sample(self) -> None:
-        """Read the card now, in addition to the thread that does so."""
-        self._sampler.sample()
-
     def check(self) -> None:
         """Raise if the process has held more than the budget.
 

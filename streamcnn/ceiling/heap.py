@@ -59,7 +59,7 @@ class HoleFiller:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the holes that are taken."""
+        """Bytes of the holes that are taken; a diagnostic."""
         return sum(_header(block) & ~7 for block in list(self._blocks))
 
     def _fill(self, library: ctypes.CDLL, size: int) -> None:

@@ -70,7 +70,7 @@ class KeptBlocks:
 
     @property
     def peak(self) -> int:
-        """The most bytes that its tensors and free blocks held together."""
+        """The most bytes that its tensors and free blocks held together; a diagnostic."""
         return self._counts()[2]
 
     def _counts(self) -> tuple[int, int, int]:
@@ -108,7 +108,10 @@ def give_back(*, but: int = 0) -> None:
 
 
 def extents() -> list[tuple[int, int, int]]:
-    """The extents of the range of addresses: start, bytes, and 0 for no memory, 1 for free, 2 for used."""
+    """The extents of the range of addresses: start, bytes, and 0 for no memory, 1 for free, 2 for used.
+
+    A diagnostic, to see that they tile the range.
+    """
     library = _loaded()
     if library is None:
         return []

@@ -70,7 +70,7 @@ class SparePinned:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all spare blocks."""
+        """Bytes of all spare blocks; a diagnostic."""
         with self._lock:
             return sum(block.nbytes for block in self._spare)
 
