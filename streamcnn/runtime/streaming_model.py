@@ -299,6 +299,14 @@ class StreamingModel(ModuleFacade):
         image = ImageSpec(shape, dtype, image_gradient, reading)
         return self._passes.planned(self, call, image, device, machine)
 
+    @property
+    def calls_collectives(self) -> bool:
+        """Whether the module calls ``torch.distributed`` itself, in a forward pass planned or run so far.
+
+        Processes then wait for each other within a pass, and have to make equally many.
+        """
+        return self._passes.call_collectives()
+
     def computing_device(self) -> torch.device:
         """Where the module is, and so where images are brought and passes run."""
         # While another thread's pass is captured, stand-ins take the places of parameters.

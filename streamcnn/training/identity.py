@@ -58,7 +58,7 @@ def require_no_collectives(model: nn.Module, processes: Processes) -> None:
     UnsupportedModel
         If it calls ``torch.distributed``: processes need not make equally many passes.
     """
-    if processes.count > 1 and isinstance(model, StreamingModel) and model._passes.call_collectives():
+    if processes.count > 1 and isinstance(model, StreamingModel) and model.calls_collectives:
         raise UnsupportedModel(
             "the model calls torch.distributed in its forward pass, and processes that train it make passes "
             "by themselves: leave that out, or train it in a loop of your own, with as many passes in each"
