@@ -76,6 +76,22 @@ def _nothing(of: PassPart | StepShape) -> None:
     """What is done before a part or after a step by default."""
 
 
+@dataclass(frozen=True, slots=True)
+class PassHooks:
+    """What is called as a pass goes on, in the thread that runs it."""
+
+    before_part: Callable[[PassPart], None] = _nothing
+    """Called before the tiles of a phase and before a segment, in each direction."""
+    after_step: Callable[[StepShape], None] = _nothing
+    """Called with the step's shape after each tile of a phase and after each segment. It may end the pass by
+    raising."""
+    observer: Observer | None = None
+    """Told when parts of the pass begin and end."""
+
+
+_NO_HOOKS = PassHooks()
+
+
 class Execution:
     """One forward pass of a plan and, if the plan trains, the backward pass that belongs to it.
 
@@ -95,13 +111,8 @@ class Execution:
         Makes what carries out a step.
     runner
         Carries out segments where it can; else they run operator by operator.
-    before_part
-        Called before the tiles of a phase and before a segment, in each direction.
-    after_step
-        Called with the step's shape after each tile of a phase and after each segment. It may end the pass by
-        raising.
-    observer
-        Told when parts of the pass begin and end.
+    hooks
+        What is called as the pass goes on.
     """
 
     def __init__(
@@ -116,9 +127,7 @@ class Execution:
         steps: Steps | None = None,
         make_compute: MakeCompute,
         runner: SegmentRunner | None = None,
-        before_part: Callable[[PassPart], None] = _nothing,
-        after_step: Callable[[StepShape], None] = _nothing,
-        observer: Observer | None = None,
+        hooks: PassHooks = _NO_HOOKS,
     ) -> None:
         self.program = program
         self.plan = plan
@@ -126,9 +135,7 @@ class Execution:
         self.reports: list[PhaseReport] = []
         self._steps = steps or Steps(program, plan)
         self._make_compute = make_compute
-        self._before_part = before_part
-        self._after_step = after_step
-        self._observer = observer
+        self._hooks = hooks
         self.device = images[program.image].device
         self._transfers = transfers or PlainTransfers(self.device)
         self.autocast = autocast_state(self.device)
@@ -149,11 +156,11 @@ class Execution:
                 if level in self._phases:
                     self._forward_phase(self._phases[level])
                 if level in self._segments:
-                    self._before_part(("segment forward", level))
+                    self._hooks.before_part(("segment forward", level))
                     with self._observed("segment", level, "forward"), autocast(self.device, self.autocast):
                         self.global_graph.run(self._segments[level], self._barrier, record=self.plan.training)
                         self._maps.settle_images()
-                    self._after_step(("segment", "forward", level, 0, 0))
+                    self._hooks.after_step(("segment", "forward", level, 0, 0))
                 self._maps.free_read(level)
         except BaseException:
             self.close()
@@ -189,10 +196,10 @@ class Execution:
                 self.global_graph.accumulate(name, gradient)
             for level in reversed(self._levels):
                 if level in self._segments:
-                    self._before_part(("segment backward", level))
+                    self._hooks.before_part(("segment backward", level))
                 with self._observed("segment", level, "backward"):
                     self._backward_segment(level)
-                self._after_step(("segment", "backward", level, 0, 0))
+                self._hooks.after_step(("segment", "backward", level, 0, 0))
                 for phase in self.plan.rematerialised.get(level, ()):
                     with self._timed(phase, "again"):
                         self._write_checkpoints(phase, "again")
@@ -261,7 +268,7 @@ class Execution:
                         # inputs come first: they wait for no copy, and arrive while the host adds.
                         fetch(ahead)
                         self._transfers.advance()
-                    self._after_step(phase.shape(direction, tile.row, tile.col))
+                    self._hooks.after_step(phase.shape(direction, tile.row, tile.col))
         self._exchange.end_phase()
 
     @property
@@ -284,7 +291,7 @@ class Execution:
 
     @contextmanager
     def _timed(self, phase: Phase, direction: str) -> Iterator[None]:
-        self._before_part((direction, phase.level))
+        self._hooks.before_part((direction, phase.level))
         before = self._maps.bytes_moved
         start = time.perf_counter()
         part, during = (AGAIN, "backward") if direction == "again" else ("phase", direction)
@@ -299,13 +306,14 @@ class Execution:
     @contextmanager
     def _observed(self, part: str, level: int, direction: str) -> Iterator[None]:
         """Tell the observer when a part begins and when it ends or fails; late checks are made at the end."""
-        if self._observer is None:
+        observer = self._hooks.observer
+        if observer is None:
             with checked_at_the_end():
                 yield
             return
-        self._observer(PassEvent(part, level, direction, begins=True))
+        observer(PassEvent(part, level, direction, begins=True))
         try:
             with checked_at_the_end():
                 yield
         finally:
-            self._observer(PassEvent(part, level, direction, begins=False))
+            observer(PassEvent(part, level, direction, begins=False))

@@ -13,7 +13,7 @@ from streamcnn.ceiling.device import Ceiling
 from streamcnn.data.map_reader import MapReader
 from streamcnn.data.reader import BatchReader
 from streamcnn.execution.eager import compute_eagerly
-from streamcnn.execution.executor import Execution, Observer
+from streamcnn.execution.executor import Execution, Observer, PassHooks
 from streamcnn.plan.plan import PassPart, Plan, StepShape
 from streamcnn.runtime.pass_stores import PassStores, check_disk
 from streamcnn.runtime.plan_cache import Planned
@@ -92,9 +92,11 @@ class PlanRun:
             steps=planned.steps,
             make_compute=planned.compiled.steps if owner.compiles else compute_eagerly,
             runner=planned.compiled.segments if owner.compiles else None,
-            before_part=_keeping(ceiling, plan),
-            after_step=_checked(ceiling, planned.carried_out),
-            observer=owner.observer,
+            hooks=PassHooks(
+                before_part=_keeping(ceiling, plan),
+                after_step=_checked(ceiling, planned.carried_out),
+                observer=owner.observer,
+            ),
         )
 
     @property
