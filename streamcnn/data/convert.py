@@ -48,8 +48,8 @@ def convert(
     ----------
     images
         The images, from ``find_images``.
-        out
-            Folder of the store; created, extended, or resumed.
+    out
+        Folder of the store; created, extended, or resumed.
     labels
         CSV file with the columns ``image`` (a file name, or a path relative to the given folder), ``label``
         (integers from 0 on, or names of classes) and, if wanted, ``split``. It also applies to images that
@@ -59,16 +59,16 @@ def convert(
         their split, and new images are for training.
     choice
         Which image of each file to read, at which resolution, and where its channels are.
-        on_shard
-            Called with the number of written pixels of the present image, and the number of all its pixels.
+    on_shard
+        Called with the number of written pixels of the present image, and the number of all its pixels.
 
     Raises
     ------
     DatasetMismatch
         If the table does not fit the images, the store holds something else under an image's name, such as
         another series or level, or the choice does not apply to an image.
-        CorruptImage
-            If an image cannot be read, or changes while it is read.
+    CorruptImage
+        If an image cannot be read, or changes while it is read.
     """
     table = None if labels is None else _read_table(local_path(labels), images)
     with TileStoreWriter(local_path(out), Head(KIND, {})) as writer:

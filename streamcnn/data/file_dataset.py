@@ -39,19 +39,20 @@ class FileDataset(ImageDataset):
     path
         A CSV file with the columns ``image`` (a path, relative to the table's folder or absolute), ``label``
         and, if wanted, ``split``; or a folder with a folder of images for each class, and above these, if
-        wanted, one for each split (``train``, ``val``, ``test``). split
-            The split to take; None takes all images. An image without a split belongs to ``train``. Usual
-            spellings of ``train``, ``val`` and ``test`` are equivalent: ``Training``, ``valid``,
-            ``Test_set``.
-        positions
-            Positions within the split of the images to take; None takes all.
+        wanted, one for each split (``train``, ``val``, ``test``).
+    split
+        The split to take; None takes all images. An image without a split belongs to ``train``. Usual
+        spellings of ``train``, ``val`` and ``test`` are equivalent: ``Training``, ``valid``,
+        ``Test_set``.
+    positions
+        Positions within the split of the images to take; None takes all.
     augmentation, seed
         As for ``TileDataset``.
     choice
         Which image of each file to read, at which resolution, and where its channels are.
-        inputs
-            Columns of the table with numbers for the model. Each sample is then ``(source, label, numbers)``,
-            with a float32 tensor (K,) of the table's numbers, in the order of these names.
+    inputs
+        Columns of the table with numbers for the model. Each sample is then ``(source, label, numbers)``,
+        with a float32 tensor (K,) of the table's numbers, in the order of these names.
 
     Raises
     ------
@@ -59,8 +60,8 @@ class FileDataset(ImageDataset):
         If there are no such images, a label or an image is missing, or an input is missing or not a number;
         if images differ in channels, dtypes or ranges of values, one occurs in two splits, or folders could
         be splits as well as classes; or if the choice does not apply to an image.
-        CorruptImage
-            If a folder holds no image, an image cannot be opened, or the path does not exist.
+    CorruptImage
+        If a folder holds no image, an image cannot be opened, or the path does not exist.
     MissingExtra
         If a format needs a package that is not installed.
     ValueError

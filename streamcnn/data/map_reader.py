@@ -24,13 +24,13 @@ class MapReader(SourceBatch):
     ----------
     shape, dtype
         Shape and dtype of the whole batch.
-        axes
-            The axes H and W of the batch.
+    axes
+        The axes H and W of the batch.
 
-        Raises
-        ------
-        DatasetMismatch
-            If the sources differ in shape or dtype.
+    Raises
+    ------
+    DatasetMismatch
+        If the sources differ in shape or dtype.
     """
 
     def __init__(self, source: ImageSource | Sequence[ImageSource], device: torch.device) -> None:

@@ -41,13 +41,13 @@ class BatchReader(SourceBatch):
     ----------
     shape
         (N, C, H, W) as the model gets it, after ``preprocess``.
-        dtype
-            Floating-point dtype that the model gets.
+    dtype
+        Floating-point dtype that the model gets.
 
-        Raises
-        ------
-        DatasetMismatch
-            If the images are not a batch (N, C, H, W), or not floating point after ``preprocess``.
+    Raises
+    ------
+    DatasetMismatch
+        If the images are not a batch (N, C, H, W), or not floating point after ``preprocess``.
     ValueError
         If ``preprocess`` changes its argument.
     """

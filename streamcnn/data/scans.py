@@ -68,8 +68,8 @@ def scan_of(path: Path) -> Scan:
     ------
     DatasetMismatch
         If the image is an OME-TIFF of several files that is not supported.
-        OSError
-            If the file cannot be read.
+    OSError
+        If the file cannot be read.
     """
     if path.is_file():
         if path.suffix.lower() == ".dcm" and (series := series_uid(path)) is not None:

@@ -32,8 +32,8 @@ class SourceBatch:
         The images of the batch.
     reading
         Bytes that reading takes of a budget of host memory; nothing if the budget is a GPU's.
-        keeps_last
-            Whether the region that was read last stays in host RAM.
+    keeps_last
+        Whether the region that was read last stays in host RAM.
     """
 
     def __init__(self, sources: Sequence[ImageSource], device: torch.device) -> None:

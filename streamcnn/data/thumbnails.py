@@ -28,11 +28,12 @@ def thumbnail(source: ImageSource, edge: int, boxes: Sequence[dict[str, Any]] = 
     ----------
     source
         Integers from 0 to the image's largest possible value, or floats from 0 to 1. Values beyond are
-        clipped, and NaN is black. edge
-            Length in pixels. A smaller image keeps its size.
-        boxes
-            Boxes to mark: ``box`` as (top, left, bottom, right) in pixels of the image, and ``value``, which
-            is written beside it.
+        clipped, and NaN is black.
+    edge
+        Length in pixels. A smaller image keeps its size.
+    boxes
+        Boxes to mark: ``box`` as (top, left, bottom, right) in pixels of the image, and ``value``, which
+        is written beside it.
 
     Raises
     ------

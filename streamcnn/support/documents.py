@@ -53,10 +53,10 @@ def read_within(folder: Path, path: Path, *, error: type[StreamError], most_byte
     ----------
     folder, path
         The file, and the folder in which it has to lie after following all links.
-        error
-            Class of the error.
-        most_bytes
-            Largest size of the file in bytes.
+    error
+        Class of the error.
+    most_bytes
+        Largest size of the file in bytes.
 
     Raises
     ------

@@ -23,10 +23,10 @@ class Recent(Generic[K, V]):
     ----------
     most
         Largest sum of the sizes of kept values; by default, their number.
-        size
-            The size of one value.
-        least
-            Number of values that are kept whatever their size.
+    size
+        The size of one value.
+    least
+        Number of values that are kept whatever their size.
     """
 
     def __init__(self, most: int, *, size: Callable[[V], int] = _one, least: int = 1) -> None:

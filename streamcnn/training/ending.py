@@ -80,10 +80,10 @@ class EndRequest:
         check
             Gets a function that it calls from time to time, which ends the check if the run was asked to end.
 
-            Raises
-            ------
-            Terminated
-                If any process was asked to end the run.
+        Raises
+        ------
+        Terminated
+            If any process was asked to end the run.
         """
 
         def check_until_asked() -> None:

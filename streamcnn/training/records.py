@@ -32,8 +32,8 @@ class Records:
     ----------
     folder
         The run's folder.
-        processes
-            The processes that train the model.
+    processes
+        The processes that train the model.
     """
 
     def __init__(self, folder: Path, processes: Processes) -> None:

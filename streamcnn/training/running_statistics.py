@@ -23,8 +23,8 @@ class RunningStatistics:
     ----------
     net
         The network to train.
-        processes
-            The processes that make the passes, in order.
+    processes
+        The processes that make the passes, in order.
     """
 
     def __init__(self, net: nn.Module, processes: Processes) -> None:

@@ -134,10 +134,10 @@ class Task(ABC, Generic[I]):
         before_image
             Called before each image that is read; an error that it raises ends the check.
 
-            Raises
-            ------
-            DatasetMismatch
-                If the model does not fit.
+        Raises
+        ------
+        DatasetMismatch
+            If the model does not fit.
         """
 
     @abstractmethod
@@ -179,10 +179,10 @@ class Task(ABC, Generic[I]):
         device
             The model's device.
 
-            Raises
-            ------
-            DatasetMismatch
-                If an image's target does not fit the model's result.
+        Raises
+        ------
+        DatasetMismatch
+            If an image's target does not fit the model's result.
         TrainingDiverged
             If the model gives NaN or infinity for an image; the text names it.
         """

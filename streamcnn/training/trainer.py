@@ -93,8 +93,8 @@ class Trainer:
     ------
     ValueError
         If there are no images, or the model does not suit the task, or it sums gradients itself.
-        MissingExtra
-            If a package that the task needs is not installed.
+    MissingExtra
+        If a package that the task needs is not installed.
     """
 
     def __init__(

@@ -113,12 +113,12 @@ class Watch(TorchFunctionMode):
     ----------
     mode
         The mode of the fake tensors.
-        image_name
-            Name of the image in the trace.
+    image_name
+        Name of the image in the trace.
     known
         The values of the pass's states.
-        noted
-            Collects what the pass does.
+    noted
+        Collects what the pass does.
     """
 
     def __init__(self, mode: FakeTensorMode, image_name: str, known: KnownValues, noted: Noted) -> None:

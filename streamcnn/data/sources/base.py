@@ -36,11 +36,12 @@ class ImageSource(ABC):
     shape : tuple of three int
         Channels, height and width in pixels.
     dtype : torch.dtype
-        Dtype of the pixels as stored. name : str
-            Name of the image in messages, such as its path.
-        largest : int or None
-            Largest possible value of a pixel, which is below that of `dtype` if the file uses fewer bits;
-            None for floats.
+        Dtype of the pixels as stored.
+    name : str
+        Name of the image in messages, such as its path.
+    largest : int or None
+        Largest possible value of a pixel, which is below that of `dtype` if the file uses fewer bits;
+        None for floats.
     """
 
     shape: tuple[int, int, int]

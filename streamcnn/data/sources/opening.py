@@ -79,17 +79,18 @@ def open_image(
         name, as in ``{"t": 0}``.
     missing_chunks
         How to treat missing chunks of a zarr array: see `ZarrSource`.
-        max_pixels
-            Largest number of pixels of anything that is decoded whole: a picture, a tile or strip, a chunk.
+    max_pixels
+        Largest number of pixels of anything that is decoded whole: a picture, a tile or strip, a chunk.
 
     Raises
     ------
     CorruptImage
-        If there is nothing at the path, or it is damaged or not an image. DatasetMismatch
-            If there is no such level, series or plane, an option does not apply to the format, pixels or axes
-            are unsupported or uncertain, or the image is too large.
-        MissingExtra
-            If the format or the location needs a package that is not installed.
+        If there is nothing at the path, or it is damaged or not an image.
+    DatasetMismatch
+        If there is no such level, series or plane, an option does not apply to the format, pixels or axes
+        are unsupported or uncertain, or the image is too large.
+    MissingExtra
+        If the format or the location needs a package that is not installed.
     """
     where = place(path)
     kind = _kind(where)

@@ -25,10 +25,10 @@ class Values:
     ----------
     largest
         Largest value that the file may hold; None for the dtype's.
-        scaled_to
-            The value to which Pillow scales it; None if Pillow does not scale.
-        offset
-            Offset in bytes of binary samples that are better read without Pillow; None if there are none.
+    scaled_to
+        The value to which Pillow scales it; None if Pillow does not scale.
+    offset
+        Offset in bytes of binary samples that are better read without Pillow; None if there are none.
     """
 
     largest: int | None = None

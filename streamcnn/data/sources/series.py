@@ -14,8 +14,8 @@ class SeriesFacts:
     ----------
     number
         Number of the image, for ``series=``.
-        name
-            Its name in the file, or the reason why it is not opened by default; may be empty.
+    name
+        Its name in the file, or the reason why it is not opened by default; may be empty.
     levels
         Height and width in pixels of each resolution, the full one first.
     is_default

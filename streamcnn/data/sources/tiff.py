@@ -73,9 +73,9 @@ class TiffSource(FileSource):
     ------
     CorruptImage
         If there is no such file, or it is not a TIFF, damaged or truncated.
-        DatasetMismatch
-            If there is no such image or level, it has other axes or too large strips, ``channels_last``
-            contradicts it, its colours are of an unknown kind, or PyTorch lacks its dtype.
+    DatasetMismatch
+        If there is no such image or level, it has other axes or too large strips, ``channels_last``
+        contradicts it, its colours are of an unknown kind, or PyTorch lacks its dtype.
     MissingExtra
         If its compression needs imagecodecs, which is not installed.
     """

@@ -48,12 +48,12 @@ class Colours:
     ----------
     white
         Largest value that the bits of a sample allow; None for floats.
-        largest
-            Largest value that the file states; None for floats.
-        num_colours
-            Number of channels that are colours; None for all, if each page is a channel.
-        alpha
-            Index of the channel by which colours are multiplied, if any.
+    largest
+        Largest value that the file states; None for floats.
+    num_colours
+        Number of channels that are colours; None for all, if each page is a channel.
+    alpha
+        Index of the channel by which colours are multiplied, if any.
     """
 
     meaning: Meaning

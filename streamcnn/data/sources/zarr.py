@@ -60,7 +60,7 @@ class ZarrSource(FileSource):
     level : resolution of an OME-Zarr image; 0 is full
     series : which of several images, as bioformats2raw writes them
         By default the first that is not a slide's label or overview.
-        index : plane to take of each other axis longer than 1, by the axis's name
+    index : plane to take of each other axis longer than 1, by the axis's name
     missing_chunks : ``"some"``, ``"fill"`` or ``"error"``
         Whether a missing chunk reads as the array's fill value, which is how zarr stores constant areas, or
         raises `CorruptImage` (``"error"``). With ``"some"``, an array without any chunk is refused on
@@ -75,9 +75,9 @@ class ZarrSource(FileSource):
     CorruptImage
         If there is no zarr array or OME-Zarr image at the path, its metadata cannot be read, or all of its
         chunks are missing.
-        DatasetMismatch
-            If the image has other or uncertain axes, no such level, series or plane, or too large chunks, or
-            PyTorch lacks its dtype.
+    DatasetMismatch
+        If the image has other or uncertain axes, no such level, series or plane, or too large chunks, or
+        PyTorch lacks its dtype.
     MissingExtra
         If reading from a URL needs a package that is not installed.
     """

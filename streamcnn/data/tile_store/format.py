@@ -218,8 +218,8 @@ def parse_head(line: str | bytes, path: Path) -> Head:
     ------
     DatasetMismatch
         If it has another format, or a version that is not supported.
-        CorruptImage
-            If it is not such a line.
+    CorruptImage
+        If it is not such a line.
     """
     found = _parse_line(line, path)
     if found.get("format") != FORMAT or found.get("version") != VERSION:

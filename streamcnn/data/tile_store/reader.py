@@ -40,8 +40,8 @@ class TileStore:
     ------
     CorruptImage
         If there is no store, or its manifest has changed.
-        DatasetMismatch
-            If the store is not finished, or its version is not supported.
+    DatasetMismatch
+        If the store is not finished, or its version is not supported.
     """
 
     def __init__(self, folder: str | Path) -> None:

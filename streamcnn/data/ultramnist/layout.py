@@ -78,7 +78,7 @@ class Spec:
         0 or more; sets with different seeds are unrelated.
     recipe : Recipe
         How digits get their sizes.
-        size : int
+    size : int
         Height and width of the images in pixels, 64 or more.
 
     Raises

@@ -43,8 +43,8 @@ def write_contact_sheet(
     ------
     DatasetMismatch
         If the split has no images, or boxes are requested and unknown.
-        ValueError
-            If the path's ending is not that of a picture format.
+    ValueError
+        If the path's ending is not that of a picture format.
     MissingExtra
         If Pillow is not installed.
     CannotWrite

@@ -175,8 +175,8 @@ def _resampled(
     ----------
     taps
         Makes an axis's taps from the extents of result and operand and the scale factor given to ATen.
-        by_whole_factors
-            A function that upsamples a tile by integer factors, and the number of neighbours it reads.
+    by_whole_factors
+        A function that upsamples a tile by integer factors, and the number of neighbours it reads.
     """
     if _stays_global(tracer, call):
         return tracer.global_value(call.target, *call.args, **call.kwargs)

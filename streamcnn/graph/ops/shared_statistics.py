@@ -45,8 +45,8 @@ def shared_moments(
     ----------
     group
         Name of the process group; all its processes have to call this equally often.
-        after
-            The last result of the previous call, which fixes the order.
+    after
+        The last result of the previous call, which fixes the order.
 
     Returns
     -------

@@ -63,8 +63,8 @@ def nearest_taps(
     ----------
     centred
         Whether positions are compared by their centres, as in "nearest-exact".
-        dtype
-            The map's dtype.
+    dtype
+        The map's dtype.
     """
     picked = _nearest(num_out, size, scale, centred, np.float32)
     if not centred and num_out in (size, 2 * size) and (picked != np.arange(num_out) * size // num_out).any():
