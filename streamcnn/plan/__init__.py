@@ -1,1 +1,1 @@
-"""What a plan and a machine are, as data: the only message from planning to running."""
+"""Data types of plans and hardware profiles; a plan is the only message from planning to execution."""

@@ -62,7 +62,7 @@ def _terms(plan: Plan) -> list[str]:
 
 
 def _reading(plan: Plan) -> list[str]:
-    """What images take beside the tiles, if they do."""
+    """The line on memory for reading the image, if reading takes any."""
     held, read = plan.image_held_bytes, plan.image_read_bytes
     parts = [f"holds {format_bytes(held)}"] if held else []
     if read:
@@ -101,7 +101,7 @@ def _phases(plan: Plan) -> list[str]:
 
 
 def _runs(plan: Plan) -> list[str]:
-    """Which runs of a phase overlap with moving tiles, and what is rematerialised."""
+    """Lines on the runs that move tiles while they compute others, and on rematerialised maps."""
     again = [phase for phases in plan.rematerialised.values() for phase in phases]
     lines = []
     if plan.overlapped:
@@ -118,7 +118,7 @@ def _runs(plan: Plan) -> list[str]:
 
 
 def _on_whole_maps(plan: Plan) -> list[str]:
-    """The resident tail, and why other operators are resident."""
+    """Lines on the resident tail, and on why other operators are resident."""
     lines = []
     if plan.num_resident:
         lines.append(f"then {plural(plan.num_resident, 'operator')} on whole maps (the resident tail)")

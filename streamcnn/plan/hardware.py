@@ -64,4 +64,4 @@ NOMINAL = {
         transfer_seconds={Tier.MEMORY: 4e-5, Tier.HOST: 1e-4, Tier.DISK: 3e-4},
     ),
 }
-"""Round figures by type of device, for machines that were not measured: two cores, a card of 2018."""
+"""Round figures by device type, for machines not measured: a CPU with two cores, a GPU of 2018."""

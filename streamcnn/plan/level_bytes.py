@@ -1,4 +1,4 @@
-"""Bytes that are held at every moment of a pass: named terms by level, and their sums."""
+"""Bytes held at each level of a pass: named terms and their sums."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ class LevelBytes:
 
     @classmethod
     def of(cls, num_levels: int, *terms: tuple[str, Ints]) -> Self:
-        """The terms with their sum."""
+        """Add terms up."""
         if len(terms) == 1:
             return cls(terms, terms[0][1])
         return cls(terms, sum((nbytes for _, nbytes in terms), np.zeros(num_levels, np.int64)))
 
     def __add__(self, other: LevelBytes) -> LevelBytes:
-        """Both, one after the other."""
+        """The terms of both, with the sum of their totals."""
         return LevelBytes((*self.terms, *other.terms), self.total + other.total)
 
     def at(self, level: int) -> tuple[MemoryTerm, ...]:
-        """The terms at one level; those that only some images have are left out where they are zero."""
+        """The terms at one level, without terms of image reading that are zero."""
         found = (MemoryTerm(name, int(nbytes[level])) for name, nbytes in self.terms)
         return tuple(term for term in found if term.nbytes or term.name not in OF_IMAGES)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeldBytes:
-    """What is held beside the steps of a pass."""
+    """Bytes held at each level in addition to the tensors of a step."""
 
     forward: LevelBytes
     """While the phase of each level runs forward."""
     segments: LevelBytes
-    """While the global values of each level are worked out or differentiated."""
+    """While the global values of each level are computed or differentiated."""
     backward: LevelBytes
     """While the phase of each level runs backward."""
 

@@ -1,6 +1,6 @@
 """The plan: everything that is decided about a pass, as frozen data.
 
-It is the only message from planning to running. Names are those of the program's nodes; sizes are bytes;
+It is the only message from planning to execution. Names are those of the program's nodes; sizes are bytes;
 nothing here needs torch.
 """
 
@@ -92,16 +92,16 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How one image shape is run; see :meth:`explain`."""
+    """The plan of a pass over images of one shape; see :meth:`explain`."""
 
     image_shape: tuple[int, int, int, int]
     dtype: str
     training: bool
     tile: tuple[int, int]
-    """Largest edge (h, w) of a tile in input pixels: as asked for, or as the first phase has it."""
+    """Largest extents (h, w) of a tile in input pixels: those asked for, or else the first phase's."""
     phases: tuple[Phase, ...]
     rematerialised: Mapping[int, tuple[Phase, ...]]
-    """By level: what its backward phase needs and was dropped, computed again before it in this order."""
+    """By level: phases that run again before its backward phase, in this order, to rematerialise maps."""
     segments: tuple[Segment, ...]
     stores: Mapping[str, StorePlan]
     levels: Mapping[str, int]
@@ -118,34 +118,34 @@ class Plan:
     terms: tuple[MemoryTerm, ...]
     """Projected bytes of the worst step, term by term."""
     worst: str
-    """The step that needs most."""
+    """The step that needs most memory."""
     worst_operator: str
-    """The operator of that step at which most is held, with its place in the user's model."""
+    """The operator at which that step holds most memory, with its place in the user's model."""
     plain_bytes: int
     """Projected peak of plain PyTorch on the whole image at once."""
     projected_seconds: float
     """Projected time of a forward pass and, if the plan trains, its backward pass."""
     plain_seconds: float
-    """The same for plain PyTorch on the whole image at once, if there were memory for it."""
+    """The projected time of plain PyTorch on the whole image at once, if there were memory for it."""
     recomputation: float
-    """Floating-point operations over those of plain PyTorch: 1 where nothing is computed twice."""
+    """Ratio of floating-point operations to those of plain PyTorch: 1 where nothing is computed twice."""
     num_resident: int
-    """Operators that run on whole maps after the last tile: the resident tail."""
+    """Number of operators in the resident tail, which run on whole maps after the last tile."""
     overlapped: frozenset[PassPart] = frozenset()
-    """Phases during which tiles are moved to and from other tiers while others are computed."""
+    """Parts of the pass that move tiles to and from other tiers while they compute others."""
     image_held_bytes: int = 0
     """Bytes of the budget that images take as long as the pass needs them, such as a decoded PNG."""
     image_read_bytes: int = 0
-    """Bytes on top of that while the largest region of the image is read."""
+    """Bytes on top of ``image_held_bytes`` while the largest region of the image is read."""
     residents: tuple[str, ...] = ()
     """Operators run on whole maps for want of a rule, with the reason."""
     limited_by: str = field(default="", compare=False)
-    """Which limit of the process or its control groups ``budget`` is, where that leaves less than the user's
-    budget, and what to do about it; empty where it is the user's."""
+    """The limit of the process or its control groups that set ``budget`` below the user's own, and what to do
+    about it; empty where ``budget`` is the user's."""
 
     @property
     def projected_bytes(self) -> int:
-        """Projected peak in bytes: over the baseline of a loaded model, or on a GPU from nothing."""
+        """Projected peak in bytes: on a CPU above the baseline, on a GPU all that the process holds."""
         return sum(term.nbytes for term in self.terms)
 
     @property
@@ -196,7 +196,7 @@ class Plan:
         return explain_plan(self)
 
     def to_json(self) -> str:
-        """The plan as one JSON object; sizes in bytes, intervals left out."""
+        """The plan as one JSON object: sizes in bytes, without the tiles' intervals."""
         fields = {
             "image_shape": list(self.image_shape),
             "dtype": self.dtype,

@@ -1,4 +1,4 @@
-"""Host memory that reading an image takes, as data: image sources state it, plans count it."""
+"""Host memory for reading an image, as data: image sources state it, plans count it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 HELD = "decoded image"
-"""Name of the plan's term for what stays between reads."""
+"""Name of the plan's term for bytes held between reads."""
 OPENING = "decoding the image"
-"""Likewise for what the first read takes beside that."""
+"""Name of the term for bytes that the first read takes in addition."""
 READING = "reading the image"
-"""Likewise for what one region takes while it is read."""
+"""Name of the term for bytes that one region takes while it is read."""
 
 OF_IMAGES = frozenset((HELD, OPENING, READING))
-"""Terms of what most images do not take."""
+"""Terms that are zero for most images."""
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -25,7 +25,7 @@ class ReadingBytes(NamedTuple):
     held: int
     """Kept between reads, for as long as a pass uses the image."""
     transient: int
-    """On top of that, while one region is read; the region itself is part of it."""
+    """On top of ``held`` while one region is read, the region itself included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +48,14 @@ class ReadingCost:
     piece_bytes: int = 0
     """For each piece that is decoded: its encoded and its decoded bytes, and the codec's copies."""
     layers: int = 1
-    """Pieces behind one another at one place, such as one for each channel."""
+    """Pieces at one position, such as one for each channel."""
     at_once: int | None = None
     """Pieces in memory at the same time, at most; ``None`` for all that the region touches."""
     fixed: int = 0
     """For each read, whatever the region's size."""
 
     def of(self, region: Size) -> ReadingBytes:
-        """The cost of a region of such a size, placed where it touches the most pieces."""
+        """The cost of a region of the given size, placed where it touches the most pieces."""
         rows, cols = map(_touched, region, self.piece, self.size)
         touched = rows * cols * self.layers
         pieces = touched if self.at_once is None else min(touched, self.at_once)
@@ -64,11 +64,11 @@ class ReadingCost:
 
     @property
     def least(self) -> int:
-        """The peak of reading if all regions were one pixel: no tile makes it less."""
+        """The peak of reading if all regions were one pixel: no tile size makes it smaller."""
         return self.held + max(self.opening, self.of((1, 1)).transient)
 
     def transposed(self) -> ReadingCost:
-        """The cost of the same image turned by a quarter, rows for columns."""
+        """The cost of the same image with rows and columns exchanged."""
         return replace(self, size=self.size[::-1], piece=self.piece[::-1])
 
 
@@ -96,23 +96,23 @@ class BatchCost:
 
     @property
     def least(self) -> int:
-        """The peak of reading if all tiles were one pixel: no plan makes it less."""
+        """The peak of reading if all tiles were one pixel: no plan makes it smaller."""
         return self.held + max(self.opening, self.of((1, 1)).transient)
 
     def of_map(self, name: str, region: Size) -> ReadingBytes:
-        """The cost of one region of the map ``name`` beside the image, or of the image if there is none."""
+        """The cost of one region of the map ``name`` beside the image, or of the image if no map has it."""
         return dict(self.maps).get(name, self).of(region)
 
     def of(self, region: Size) -> ReadingBytes:
         """The cost of one region of every image."""
         largest = max((cost.of(region).transient for cost in self.costs), default=0)
-        # The regions that were read before the last one, and the batch that all are copied into.
+        # The regions read before the last one, and the batch into which all are copied.
         copies = 2 * len(self.costs) - 1 if len(self.costs) > 1 else 0
         return ReadingBytes(self.held, largest + copies * self.stored_pixel * region[0] * region[1])
 
 
 NO_READING = BatchCost()
-"""Of a batch whose pixels are in memory already."""
+"""The cost of a batch whose pixels are in memory already."""
 
 
 def _touched(extent: int, piece: int, size: int) -> int:

@@ -1,4 +1,4 @@
-"""Where stored maps live, how large they are, and how long they are held."""
+"""Tiers, sizes and lifetimes of stored maps."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class Tier(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class StorePlan:
-    """A stored map: where, how large, and when it can go."""
+    """The tier, size and lifetime of a stored map."""
 
     tier: Tier
     gradient_tier: Tier
     nbytes: int
     kept: bool
-    """Whether the backward pass needs it, or who reads the results of a forward pass."""
+    """Whether it stays after its last forward reader, for the backward pass or as a result of the model."""
     last_reader: int
     """Level of the last phase or segment that reads it in the forward pass."""
     tile: tuple[int, int]
-    """Fewest rows and columns by which it is written or read, a hint for chunking."""
+    """Fewest rows and columns of a region that is written or read; a hint for chunking."""
     rematerialised: int | None = None
     """Level before whose backward phase it is computed again, if it is dropped after its last forward reader
     and the backward pass needs it."""

@@ -16,20 +16,20 @@ Flags = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lifetimes:
-    """How large stored maps are, and from when to when they are needed; arrays have an entry for each map."""
+    """Sizes and lifetimes of stored maps; each array has one entry per map."""
 
     nbytes: Ints
     made: Ints
-    """Level of its phase."""
+    """Level of the phase that writes the map."""
     last_reader: Ints
-    """Level of its last reader in the forward pass."""
+    """Level of the map's last reader in the forward pass."""
     kept: Flags
-    """Whether the backward pass needs it and it stays until then."""
+    """Whether the map stays until the backward pass, which needs it."""
     rematerialised: Ints
-    """Level before whose backward phase it is computed again, if it is dropped in between; else 0."""
+    """Level before whose backward phase the map is computed again, if it is dropped in between; else 0."""
 
     def held(self, num_levels: int, values: Flags, gradients: Flags) -> HeldBytes:
-        """What is held while the phases of each level run.
+        """Bytes held while the phases of each level run.
 
         A map lives from its phase to its last reader, or as long as the backward pass needs it; one that is
         dropped in between lives again from where it is rematerialised to its own backward phase. Its gradient
@@ -38,13 +38,13 @@ class Lifetimes:
         Parameters
         ----------
         values, gradients
-            Which maps, and which maps' gradient maps, are counted.
+            Masks of the maps, and of the gradient maps, that are counted.
         """
         read, again = self.last_reader + 1, self.rematerialised > 0
         backward_end = np.where(again, self.rematerialised + 1, self.made)
 
         def lasting(end: Ints, counted: Flags) -> Ints:
-            """By level: bytes of what lives from its own level up to the one before ``end``."""
+            """By level: bytes of counted maps that live from their own level to the one before ``end``."""
             nbytes, changes = self.nbytes * counted, np.zeros(num_levels + 1, np.int64)
             np.add.at(changes, self.made, nbytes)
             np.subtract.at(changes, end, nbytes)
@@ -59,7 +59,7 @@ class Lifetimes:
 
 
 class StoredBytes:
-    """What is held in ``tier`` while the phases of each level run."""
+    """Bytes of maps and gradient maps in ``tier`` while the phases of each level run."""
 
     def __init__(
         self, stores: Mapping[str, StorePlan], levels: Mapping[str, int], tier: Tier = Tier.MEMORY
@@ -80,5 +80,5 @@ class StoredBytes:
 
     @property
     def most(self) -> int:
-        """The most that is held at any moment."""
+        """The most bytes held at any moment."""
         return max(int(self.held.forward.total.max()), int(self.held.backward.total.max()))

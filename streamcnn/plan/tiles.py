@@ -1,7 +1,7 @@
-"""Tiles of a phase along one spatial axis: where each lies, and what is computed alike for many.
+"""Tiles of a phase along one spatial axis: where each lies, and which are computed alike.
 
-The axes are independent of each other: a tile is a pair of :class:`AxisStep`, and what is computed for it is
-a pair of :class:`AxisKind`.
+The axes are independent of each other: a tile is a pair of :class:`AxisStep`, and its computation is a pair
+of :class:`AxisKind`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class AxisStep:
 
 @dataclass(frozen=True, slots=True)
 class AxisOperand:
-    """How an operator reads one of its map operands, in positions from the first that the tile has of it."""
+    """How an operator reads a map operand; positions count from the first that the tile has of it."""
 
     part: Interval
     """The positions that it reads."""
     window: Interval
-    """The same with the padding before and after."""
+    """``part`` with the padding before and after."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +42,10 @@ class AxisOperator:
     """How an operator runs on a tile."""
 
     operands: Mapping[str, AxisOperand]
-    """By name, the map operands."""
+    """The map operands by name."""
     result: Interval
-    """What it yields, in positions from the first that the tile needs of its value: where blocks do not
-    align, it is more or less than needed."""
+    """The interval computed, in positions from the first that the tile needs of the operator's value. Where
+    blocks do not align, it is more or less than needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class AxisKind:
     extents: Mapping[str, int]
     """Positions that the tile computes or reads of every node and input of the phase."""
     own: Mapping[str, Interval]
-    """The tile's own part of each output, in positions from the first that it needs of it."""
+    """The tile's own part of each output, in positions from the first that the tile needs of that output."""
     operators: Mapping[str, AxisOperator]
     starts: Mapping[str, int]
     """The first position, in the whole map, that the tile needs of a map: only where an operator or a
