@@ -18,8 +18,8 @@ _REUSING_THRESHOLD = 2**25
 """The largest that glibc takes."""
 _FRUGAL_TRIM = 2**17
 _REUSING_TRIM = 2**30
-"""Free bytes at the heap's end that are given back; glibc's 128 KiB would make reuse pointless, since
-nearly every block freed there would go back to the kernel at once."""
+"""Free bytes at the heap's end from which glibc gives them back. Its own 128 KiB would make reuse pointless,
+since nearly every block freed there would go back to the kernel at once."""
 _TASKS = Path("/proc/self/task")
 _LONGEST_END = 0.1
 """Seconds to wait at most for the kernel to let go of a thread."""
@@ -28,15 +28,15 @@ _PARALLEL_GRAIN = 2**15
 
 
 def set_mmap_threshold(*, reuse: bool = False) -> bool:
-    """Have large blocks come from the kernel and go back to it; whether that took effect.
+    """Make glibc take large blocks from the kernel and give them back when freed; whether that took effect.
 
-    Large are 256 KiB and more, or with ``reuse`` 32 MiB and more: smaller ones then stay in the heap.
+    A block is large from 256 KiB on, or with ``reuse`` from 32 MiB on. Smaller blocks come from the heap.
 
-    glibc does so from 128 KiB on at first, but raises that threshold to the size of any such block
-    that is freed, up to 32 MiB. Tiles' tensors then come from its heap, whose holes fit the next
-    tile badly. Threshold against the least budget in which four 3x3 and 1x1 convolutions ran forward
-    and backward on 64-channel tiles of 77 to 256 pixels a side (blocks of 1 to 17 MB), and the time
-    they took, on two virtual cores (torch 2.13, glibc 2.36):
+    glibc's own threshold is 128 KiB at first, but rises to the size of any such block that is freed, up
+    to 32 MiB. Tiles' tensors then come from its heap, whose holes fit the next tile badly. The table
+    gives, for each threshold, the least budget in which four 3x3 and 1x1 convolutions ran forward and
+    backward on 64-channel tiles of 77 to 256 pixels a side (blocks of 1 to 17 MB), and the time they
+    took, on two virtual cores (torch 2.13, glibc 2.36):
 
     =========  ======  =======  =======  =======  ======  ======
     threshold  glibc   1 MiB    4 MiB    8 MiB    16 MiB  32 MiB
@@ -45,13 +45,13 @@ def set_mmap_threshold(*, reuse: bool = False) -> bool:
     time       1       1.5-1.7  1.5-1.7  1.5-1.7  1.1     1.0
     =========  ======  =======  =======  =======  ======  ======
 
-    Below 1 MiB, what networks of hundreds of phases keep (kernels, statistics) cuts up the holes of small
-    tiles: DenseNet-121 at 400 x 900 held 25 MB free that no tensor fitted into; with 256 KiB 10 MB, and
-    the update took 1 to 3 % longer. 128 KiB gained nothing more.
+    With 1 MiB, smaller blocks that networks of hundreds of phases keep (kernels, statistics) fragment the
+    heap: DenseNet-121 at 400 x 900 held 25 MB free that no tensor fitted into. With 256 KiB it held 10 MB,
+    and the update took 1 to 3 % longer. 128 KiB gained nothing more.
 
-    The time is the kernel's, which zeroes every page of a new block (2.7 million page faults instead
-    of 0.2). Trim threshold and the number of arenas made no difference. The setting is the process's and
-    stays; other C libraries ignore it.
+    The kernel takes the additional time to zero every page of a new block (2.7 million page faults instead
+    of 0.2). The trim threshold and the number of arenas made no difference. The setting applies to the whole
+    process and stays; with C libraries other than glibc nothing is set.
     """
     library = libc()
     if library is None:
@@ -63,9 +63,9 @@ def set_mmap_threshold(*, reuse: bool = False) -> bool:
 def start_thread_pool() -> None:
     """Start the threads on which the calling thread's PyTorch operators run.
 
-    OpenMP starts them at the first parallel operator, and ends the process if the kernel refuses a
-    stack, so that must not happen under a limit. Autograd's are started by the first backward pass, by builds
-    of PyTorch with CUDA on machines without it too.
+    OpenMP starts its threads at the first parallel operator, and ends the process if the kernel refuses a
+    stack, so that must not happen under a limit. The first backward pass starts autograd's threads; builds of
+    PyTorch with CUDA do so on machines without a GPU too.
     """
     torch.empty(2 * _PARALLEL_GRAIN * torch.get_num_threads(), dtype=torch.uint8).fill_(0)
     _start_autograd()
@@ -80,9 +80,9 @@ def _start_autograd() -> None:
 
 
 def cache_thread_stack() -> None:
-    """Have the C library keep the stack of a thread that has ended, for the next one that starts.
+    """Run a thread, so that the C library keeps its stack for the next thread that starts.
 
-    A stack of 8 MiB that is there when a limit is set does not count towards the limit.
+    A stack (8 MiB) that exists when a limit is set does not count towards the limit.
     """
     thread = Thread(target=bool, name="streamcnn-stack", daemon=True)
     thread.start()
@@ -93,7 +93,7 @@ def cache_thread_stack() -> None:
 def wait_for_stack(thread: Thread) -> None:
     """Wait until the C library may reuse the stack of a thread that has been joined.
 
-    It may when the kernel has let go of the thread, some 0.1 ms after Python has.
+    It may once the kernel has released the thread, some 0.1 ms after ``join`` returns.
     """
     task = _TASKS / str(thread.native_id)
     until = time.monotonic() + _LONGEST_END
@@ -109,7 +109,7 @@ def trim_heap() -> None:
 
 
 def free_matrix_buffers() -> None:
-    """Give back the buffers that MKL keeps of matrix products, some 5 MB for each size and thread."""
+    """Free the buffers that MKL keeps for matrix products, some 5 MB for each size and thread."""
     mkl = _mkl()
     if mkl is not None:
         mkl.mkl_serv_free_buffers()
@@ -117,7 +117,7 @@ def free_matrix_buffers() -> None:
 
 @functools.cache
 def _mkl() -> ctypes.CDLL | None:
-    """PyTorch's library, if MKL is linked into it and can be called there."""
+    """PyTorch's CPU library, if it exports MKL's functions; else None."""
     path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     library = ctypes.CDLL(str(path)) if path.exists() else None
     return library if hasattr(library, "mkl_serv_free_buffers") else None

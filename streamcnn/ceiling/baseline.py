@@ -1,4 +1,4 @@
-"""What the process held at one moment, from which an update's memory on the host is counted."""
+"""The baseline: memory that the process holds at one moment, above which an update's host memory counts."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ HEAP_LEAST = 2**24
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """What the process held at one moment; the ceilings of one update count from it.
+    """Memory that the process held at one moment; the ceilings of one update count from it.
 
-    Forward and backward of one update share a baseline, since what the forward pass keeps counts
-    against the backward pass too.
+    The forward and backward pass of an update share a baseline, since what the forward pass keeps counts
+    towards the backward pass's budget too.
     """
 
     data_bytes: int | None
@@ -35,16 +35,16 @@ class Baseline:
     file_bytes: int | None = None
     """Resident pages of files, library code above all; None if unknown."""
     holes: HoleFiller | None = field(default=None, repr=False, compare=False)
-    """Keeps the heap's larger holes from being handed out, as long as the baseline is referred to."""
+    """Keeps the heap's larger holes from being handed out, as long as the baseline is referenced."""
     others: dict[object, int] = field(default_factory=dict, repr=False, compare=False)
-    """Bytes that other threads' updates may take beside this one, under ceilings of their own, by ``key``."""
+    """By another baseline's ``key``: bytes that its thread's updates may take under their own ceiling."""
     key: object = field(default_factory=object, repr=False, compare=False)
     passes: list[KeptBlocks] = field(default_factory=list, repr=False, compare=False)
-    """The direction of this update that kept blocks count for, if any: the next takes over its tensors."""
+    """The kept blocks of the update's latest direction, if any: the next direction takes over its tensors."""
 
     @classmethod
     def now(cls, *, fill_holes: bool = True) -> Baseline:
-        """What the process holds now, PyTorch's threads started and free memory given back.
+        """Measure the process now, after starting PyTorch's threads and giving free memory back.
 
         Parameters
         ----------

@@ -1,4 +1,4 @@
-"""Building the package's own C++ on the user's machine, once for every version of PyTorch.
+"""Build the package's own C++ on the user's machine, once for every version of PyTorch.
 
 PyTorch's C++ interface differs between versions, so a library is built where it is used, as Triton and
 Inductor build theirs, and kept in the user's cache folder.
@@ -27,18 +27,18 @@ _SECONDS = 300
 
 
 class CannotBuild(Exception):
-    """There is no compiler, it fails, or there is no place for its result."""
+    """There is no compiler, it failed, or its result cannot be stored."""
 
 
 class _NoPlace(CannotBuild):
-    """There is no folder that can keep what is built."""
+    """There is no folder that can keep the library."""
 
 
 def loaded(source: Path) -> ctypes.CDLL:
-    """The shared library of a C++ file, as :func:`built` gives it.
+    """Load the shared library of a C++ file, built by :func:`built` if need be.
 
-    Where the cache folder cannot keep it, or the system loads no code from there, it is built for this
-    process alone, which takes some seconds.
+    Where the cache folder cannot keep the library, or the system loads no code from there, it is built for
+    this process alone, which takes some seconds.
 
     Raises
     ------
@@ -60,11 +60,11 @@ def loaded(source: Path) -> ctypes.CDLL:
 
 
 def built(source: Path) -> Path:
-    """The shared library of a C++ file that uses PyTorch's ``c10``, built if it is not there yet.
+    """Build the shared library of a C++ file that uses PyTorch's ``c10``, unless it exists; return its path.
 
-    It may include headers that lie beside it.
+    The C++ file may include headers from its own folder.
 
-    Several processes may ask at the same time: each builds a file of its own, and the last one stays.
+    Several processes may do so at the same time: each builds a file of its own, and the last one stays.
 
     Raises
     ------
@@ -87,7 +87,7 @@ def built(source: Path) -> Path:
 
 
 def _folder(source: Path) -> Path:
-    """Where a source's library is kept: the folder depends on all that the library depends on."""
+    """The cache folder of a source's library, named by a hash of all that the library depends on."""
     parts = (
         *(torch.__version__, str(torch._C._GLIBCXX_USE_CXX11_ABI), platform.machine(), *platform.libc_ver()),
         *_FLAGS,
@@ -102,7 +102,7 @@ def _folder(source: Path) -> Path:
 
 
 def _compiler() -> list[str]:
-    """The command that the user has named in ``CXX``, or the first compiler that is found."""
+    """The user's command in ``CXX`` if that is set, or else the first compiler found."""
     named = shlex.split(os.environ.get("CXX", ""))
     for command in [named] if named else [[name] for name in _COMPILERS]:
         if shutil.which(command[0]):
@@ -119,7 +119,7 @@ def _compile(compiler: list[str], source: Path, library: Path) -> None:
         f"-I{home / 'include'}",
         str(source),
         f"-L{home / 'lib'}",
-        # Found by its name when the library is loaded, since PyTorch has loaded it.
+        # The loader finds it by name, since PyTorch has loaded it already.
         "-lc10",
         "-o",
         str(library),

@@ -1,6 +1,6 @@
-"""Caps that overlap: the lowest one holds, and what held before the first comes back after the last.
+"""Overlapping caps: the lowest is in force, and the user's own comes back after the last.
 
-``KeyboardInterrupt`` may come at any line. Whoever cleans up makes the changes here again, so each may be
+``KeyboardInterrupt`` may come at any line. Callers that clean up repeat their changes, so each change may be
 made twice, and no interrupt leaves the lock taken.
 """
 
@@ -19,15 +19,15 @@ N = TypeVar("N", bound=float)
 
 
 class LowestCap(Generic[N]):
-    """The caps that are in force at a time, on all threads, and the user's own among them.
+    """The caps of all threads and the user's own, of which the system gets the lowest.
 
-    A forked child has none of them: its cap is the user's own. The same holds for a program that
-    ``begin_start`` is told of: no cap is in force while it is being started.
+    A forked child has the user's own cap alone. So has a program that is announced to ``begin_start``: no
+    other cap is in force while it is being started.
 
     Parameters
     ----------
     read, write
-        The cap that the system has now, and how to set it.
+        Functions that return the system's present cap, and set it.
     """
 
     def __init__(self, read: Callable[[], N], write: Callable[[N], None]) -> None:
@@ -48,7 +48,7 @@ class LowestCap(Generic[N]):
         return self._read() if own is None else own
 
     def put(self, owner: object, cap: N) -> None:
-        """Have ``owner``'s cap be ``cap`` until it is dropped."""
+        """Set ``owner``'s cap to ``cap`` until it is dropped."""
 
         def change() -> None:
             if self._own is None:
@@ -71,7 +71,7 @@ class LowestCap(Generic[N]):
         self._exclusively(lambda: self._caps.pop(owner, None))
 
     def settle(self) -> None:
-        """Restore the lowest cap once a program has been started. To be called every few milliseconds."""
+        """Restore the lowest cap once a program has been started. Call this every few milliseconds."""
         if self._starts:
             self._exclusively(lambda: None)
 
@@ -81,7 +81,7 @@ class LowestCap(Generic[N]):
             self._exclusively(lambda: self._starts.append(start))
 
     def _exclusively(self, change: Callable[[], object]) -> None:
-        """Make a change and give the system the lowest cap, one thread at a time."""
+        """Make a change and set the system's cap to the lowest, one thread at a time."""
         # Twice: an interrupt in the first release leaves the lock to the second.
         try:
             try:
@@ -108,7 +108,7 @@ class LowestCap(Generic[N]):
             self._starts.clear()
 
     def _forget(self) -> None:
-        """Give a forked child the user's own cap. Threads that may have held the lock do not exist there."""
+        """Give a forked child the user's own cap, and a new lock, as its holder may not exist there."""
         self._lock = RLock()
         self._caps.clear()
         self._starts.clear()

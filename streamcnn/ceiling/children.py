@@ -16,7 +16,8 @@ from types import FrameType
 from typing import Any
 
 _STARTS = {"subprocess.Popen": True, "os.posix_spawn": False, "os.system": False}
-"""Events, and whether the function that raises the event also starts the program; else its next call does."""
+"""Audit events: true if the start is over once the Python function that raised the event returns, false if
+once that function's present call has returned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class Start:
     thread: int
     caller: FrameType
     instruction: int | None
-    """Where the caller was, if the start is over once the caller moves on; None if once it returns."""
+    """The caller's instruction, if the start is over once the caller moves on; None if once it returns."""
 
     def is_over(self) -> bool:
         """Whether the program has been started, or has failed to."""

@@ -1,25 +1,25 @@
 """The ceiling on host memory: the kernel refuses what goes past the budget, and reports the peak.
 
-The two are different numbers, both the kernel's own. The *limit* counts the data segment: every private
+Limit and peak are different numbers of the kernel. The *limit* counts the data segment: every private
 writable page that was asked for, touched or not, and thread stacks at full length. The *peak* counts resident
 memory: pages that were touched, among them those of library code that runs for the first time, some 10 MB for
 a first convolution. Such code is taken off the limit once a step has run it, and until then the peak may pass
 the budget by that much. Memory from ``calloc`` that nobody wrote to counts towards the limit and not towards
-the peak. Enforcing the limit does not depend on the peak; see ``streamcnn.ceiling.peak`` for what is known
-of that.
+the peak. Enforcing the limit does not depend on the peak; ``streamcnn.ceiling.peak`` says how exactly the
+peak is known.
 
-Memory that the heap holds free is handed out again without the kernel being asked. Its large holes are
-filled while a baseline is in use (``streamcnn.ceiling.heap``), and small ones count as taken. Where those
-are more than a small part of the budget, taking all of them off would leave no room for the large blocks,
-which never come from there: the limit is then laxer than the budget, and ``DataLimit.check`` holds the
-peak, as it is known, against it after every step.
+The heap hands out its free memory again without asking the kernel. Its large holes are filled while a
+baseline is in use (``streamcnn.ceiling.heap``), and small holes count as taken. Where the small holes are
+more than a small part of the budget, subtracting all of them would leave no room for large blocks, which
+never come from the heap. The limit is then laxer than the budget, and ``DataLimit.check`` compares the peak,
+as far as it is known, with the budget after every step.
 
 Tensors may be taken from kept blocks (``streamcnn.ceiling.kept_blocks``), which refuse what goes past the
 budget by themselves. Free blocks are not part of a baseline: they count towards the budget. The limit is then
 for everything but tensors.
 
-Compiled code is left out of the limit, but for the part that is touched: oneDNN compiles kernels for every
-new shape of a convolution's operands and keeps about a megabyte of address space for each.
+Compiled code counts towards the limit only where it was touched: oneDNN compiles kernels for every new shape
+of a convolution's operands and keeps about a megabyte of address space for each.
 
 The budget is not decided here; see ``streamcnn.ceiling.allocator`` for how a process is prepared for a limit.
 """
@@ -44,14 +44,13 @@ from streamcnn.support.interrupts import cleaning_up, undoing
 from streamcnn.support.units import format_bytes
 
 _HEAP_SHARE = 8
-"""What is taken off a budget for bytes that the heap holds free, at most: the budget divided by this, or
-``HEAP_LEAST`` if that is more."""
+"""At most the budget divided by this, or ``HEAP_LEAST`` if more, is taken off for the heap's free bytes."""
 
 _MOST_LIBRARIES = 3 * 2**23
-"""What is taken off a budget for library code, at most: what plans reserve for the run time."""
+"""The most bytes taken off a budget for library code: what plans reserve for the run time."""
 
 HIGH_WATER, SAMPLED = "VmHWM", "VmRSS, sampled"
-"""What a peak of resident memory is read from: the kernel's own mark of it, or samples, which may miss it."""
+"""Readings behind a peak of resident memory: the kernel's high-water mark, or samples, which may miss it."""
 
 
 class DataLimit:
@@ -74,9 +73,9 @@ class DataLimit:
     baseline
         Where budget and peak count from; what the process holds on entry if None.
     reuse_heap
-        Whether the C library may keep blocks of up to 32 MiB for reuse: faster, and wasteful.
+        Whether the C library may keep blocks of up to 32 MiB for reuse, which is faster but wastes memory.
     must_hold
-        Whether a kernel that does not enforce the budget is an error; else there is no budget then.
+        Whether a kernel that does not enforce the budget is an error; otherwise there is no budget then.
     kept
         Bytes that this thread's tensors and the free blocks kept for them may take together; tensors past the
         budget are refused. None leaves PyTorch's allocator as it is.
@@ -122,7 +121,7 @@ class DataLimit:
 
     @property
     def at_most_bytes(self) -> int | None:
-        """What the peak cannot exceed: more than ``peak_bytes`` where that is a lower bound."""
+        """Upper bound of the peak in bytes: more than ``peak_bytes`` where that is a lower bound."""
         peak = self._peak()
         return None if peak is None else peak.at_most
 
@@ -179,14 +178,14 @@ class DataLimit:
             self._blocks.keep(nbytes)
 
     def check(self, *, compiled: bool = True) -> None:
-        """Free what libraries keep without need, and look for what the limit does not refuse.
+        """Free buffers that libraries need not keep, and check what the limit does not refuse.
 
-        Code that was compiled since the limit was set no longer counts towards it.
+        Code that was compiled since the limit was set no longer counts towards it, unless it was touched.
 
         Parameters
         ----------
         compiled
-            Whether there may be such code. Looking for it takes the kernel a millisecond.
+            Whether there may be new compiled code. Looking for it takes the kernel a millisecond.
 
         Raises
         ------
@@ -235,7 +234,7 @@ class DataLimit:
         return self
 
     def _join_others(self) -> None:
-        """Register among the blocks that are entered. A forked child has none of its parent's."""
+        """Register among the entered blocks. A forked child ignores those of its parent."""
         entered_limits[self] = os.getpid()
         for each, process in list(entered_limits.items()):
             if process == os.getpid() and each is not self:
@@ -271,7 +270,7 @@ class DataLimit:
             data_caps.move(self, self._ceiling(budget))
 
     def _ceiling(self, budget: int) -> int:
-        """Bytes of data segment up to which the process may grow."""
+        """The limit on the data segment in bytes."""
         if self._baseline.data_bytes is None:
             raise not_enforced()
         in_heap = min(self._baseline.free_bytes, _heap_share(budget))
@@ -282,7 +281,7 @@ class DataLimit:
     def _library_bytes(self) -> int:
         """Bytes of library code that has run for the first time: resident, and no part of the data segment.
 
-        Other files may be mapped too, so no more than is reserved for the run time.
+        Other files may be mapped too, so this is at most what plans reserve for the run time.
         """
         before, now = self._baseline.file_bytes, status_bytes("RssFile")
         return 0 if before is None or now is None else min(max(0, now - before), _MOST_LIBRARIES)
@@ -296,9 +295,9 @@ class DataLimit:
 
 
 def _heap_share(budget: int) -> int:
-    """The most of a budget that is taken off for what the heap holds free."""
+    """The most bytes taken off a budget for the heap's free bytes."""
     return max(budget // _HEAP_SHARE, HEAP_LEAST)
 
 
 entered_limits: dict[DataLimit, int] = {}
-"""Blocks that are entered, and the process in which they were."""
+"""Entered blocks, each with the number of the process that entered it."""

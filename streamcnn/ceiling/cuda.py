@@ -29,13 +29,13 @@ from streamcnn.support.units import format_bytes
 MARGIN_BYTES = 2**27
 """Bytes left free below the budget, for kernels that are loaded only when they first run, after measuring."""
 RESERVED_STEP = 2**26
-"""What is held already is rounded up to a multiple of this, so that a few bytes more make no new plan."""
+"""Reserved bytes are rounded up to a multiple of this, so that a few bytes more need no new plan."""
 
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Environment variables with the user's settings of PyTorch's allocator."""
 
 idle_bytes: dict[str, int] = {}
-"""Bytes in use by NVML's UUID of a device, before this process had a CUDA context."""
+"""By a device's UUID in NVML: bytes in use before this process had a CUDA context."""
 
 
 class CudaLimit:
@@ -47,7 +47,7 @@ class CudaLimit:
     Parameters
     ----------
     gauge
-        The device.
+        Reads and caps the card.
     budget
         Bytes; None measures only.
     interval
@@ -89,12 +89,12 @@ class CudaLimit:
 
     @property
     def is_shared(self) -> bool:
-        """Whether other blocks of this card were entered at the same time: the peak has their memory too."""
+        """Whether other blocks of this card were entered at the same time: the peak includes their memory."""
         return self._is_shared
 
     @property
     def samples(self) -> tuple[tuple[float, int], ...]:
-        """NVML's readings in order, those that are known: ``time.perf_counter()`` in seconds, bytes."""
+        """NVML's known readings in order: ``time.perf_counter()`` in seconds, bytes."""
         return self._sampler.samples
 
     def check(self) -> None:
@@ -164,7 +164,7 @@ class CudaLimit:
         return self
 
     def _peak(self) -> Reading | None:
-        """The largest sample or, where the allocator's own peak shows that samples missed more, that."""
+        """The largest sample, or the allocator's peak and the overhead if these are more."""
         if self._final is not None or self._overhead is None:
             return self._final
         overhead, sampled = self._overhead, self._sampler.peak
@@ -178,7 +178,7 @@ class CudaLimit:
 
 
 _active: list[CudaLimit] = []
-"""Blocks that are entered, outermost first. Those of one card share its peak, which is the process's."""
+"""Entered blocks in order of entry. Those of one card share its peak, which is the process's."""
 
 
 class CudaCeiling:
@@ -187,14 +187,14 @@ class CudaCeiling:
     Parameters
     ----------
     gauge
-        The card.
+        Reads and caps the card.
     interval
         Seconds between samples.
     """
 
     def __init__(self, gauge: Gauge, *, interval: float = INTERVAL) -> None:
         self.gauge = gauge
-        """The card."""
+        """Reads and caps the card."""
         self._interval = interval
         self._limit: CudaLimit | None = None
 
@@ -210,7 +210,7 @@ class CudaCeiling:
 
     @property
     def counts_code(self) -> bool:
-        """No: it is in what is reserved."""
+        """False: compiled code is part of the reserved bytes."""
         return False
 
     def limit(self, budget: int | None, *, reuse_heap: bool = False, kept: int | None = None) -> CudaLimit:
@@ -219,7 +219,7 @@ class CudaCeiling:
         return self._limit
 
     def keep_blocks(self, nbytes: int) -> None:
-        """Nothing: PyTorch's allocator decides."""
+        """Do nothing: PyTorch's allocator decides what it keeps."""
 
     def check(self, *, compiled: bool = True) -> None:
         """Raise ``BudgetExceeded`` if the limit in force has been passed, by compiled code too."""
@@ -240,7 +240,10 @@ class CudaCeiling:
 
 
 def cuda_ceiling(device: torch.device) -> CudaCeiling:
-    """A ceiling for ``device``, whose context and libraries are loaded; without an index, the current one."""
+    """Load CUDA's context and libraries, and return a ceiling for ``device``.
+
+    A device without an index is the current one.
+    """
     index = torch.cuda.current_device() if device.index is None else device.index
     return CudaCeiling(gauge_of(torch.device(device.type, index)))
 
@@ -265,7 +268,7 @@ def nvml_session() -> Nvml | None:
 
 @functools.cache
 def gauge_of(device: torch.device) -> Gauge:
-    """What reads a card, whose context and libraries are loaded by then."""
+    """Load a card's context and libraries, and return its gauge."""
     let_segments_grow()
     warm_up(device)
     return Gauge(device, nvml_session(), idle_bytes)

@@ -32,7 +32,7 @@ def _set_soft_limit(soft: int) -> None:
 
 
 data_caps = LowestCap(soft_limit, _set_soft_limit)
-"""The ceilings of all blocks that are entered."""
+"""The ceilings of all entered blocks."""
 watch_starts(data_caps.begin_start)
 
 
@@ -57,7 +57,7 @@ def _is_refused(nbytes: int) -> bool:
 
 
 def not_enforced() -> StreamError:
-    """What to raise where the kernel does not enforce a limit."""
+    """The error to raise where the kernel does not enforce a limit."""
     return StreamError(
         f"budget= cannot be enforced for host memory on this platform ({sys.platform}): that needs a "
         "Linux kernel with /proc and RLIMIT_DATA; run on Linux or on a GPU, or pass budget=None to "

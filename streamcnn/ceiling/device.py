@@ -1,4 +1,4 @@
-"""The ceiling of the device that a pass runs on: one interface to host memory's and a GPU's."""
+"""One interface to the ceilings of host memory and of GPUs, for the device that a pass runs on."""
 
 from __future__ import annotations
 
@@ -100,12 +100,12 @@ class Ceiling(Protocol):
 
 
 class HostCeiling:
-    """Host memory: both directions count from what the process held at first; the kernel refuses.
+    """The ceiling on host memory, which the kernel enforces: both directions count from one baseline.
 
     Parameters
     ----------
     counted
-        Bytes held at first that still count towards the budget.
+        Bytes held already that still count towards the budget.
     """
 
     counts_code = True
@@ -117,11 +117,11 @@ class HostCeiling:
 
     @property
     def baseline_bytes(self) -> int | None:
-        """Resident memory then; None if the kernel does not say."""
+        """Resident memory when the pass began, less ``counted``; None if the kernel does not say."""
         return self._baseline.resident_bytes
 
     def limit(self, budget: int | None, *, reuse_heap: bool, kept: int | None = None) -> Limit:
-        """The kernel's limit, below any that would end the process."""
+        """The kernel's limit for one direction, below any other limit that would end the process."""
         room, must_hold = self.room, True
         if room is not None and not room.is_enforced and (budget is None or room.nbytes < budget):
             budget, must_hold = room.nbytes, budget is not None
@@ -177,13 +177,13 @@ class NoCeiling:
         return self
 
     def keep_blocks(self, nbytes: int) -> None:
-        """Nothing is kept."""
+        """Do nothing: nothing is kept."""
 
     def check(self, *, compiled: bool = True) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def empty_cache(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def __enter__(self) -> Self:
         return self
@@ -196,7 +196,7 @@ class NoCeiling:
     ) -> None: ...
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def ceiling_for(device: torch.device, *, counted: int = 0) -> Ceiling:
@@ -213,7 +213,7 @@ def ceiling_for(device: torch.device, *, counted: int = 0) -> Ceiling:
 
 
 def reserved_bytes(device: torch.device) -> int:
-    """Bytes of a budget on ``device`` that are taken before a pass begins; 0 where it counts from there."""
+    """Bytes of a budget on ``device`` taken before a pass begins; 0 where the budget counts from then."""
     return cuda_ceiling(device).reserved_bytes() if device.type == "cuda" else 0
 
 

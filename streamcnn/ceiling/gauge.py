@@ -1,4 +1,4 @@
-"""What this process holds on one CUDA device, and the cap on PyTorch's allocator there."""
+"""Measure what this process holds on one CUDA device, and cap PyTorch's allocator there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from streamcnn.ceiling.caps import LowestCap
 from streamcnn.ceiling.nvml import Nvml, Reading, Source
 
 ASSUMED_OVERHEAD = 2**30
-"""Bytes outside the allocator where neither NVML nor CUDA tells: more than context, cuDNN and cuBLAS take."""
+"""Bytes outside the allocator if neither NVML nor CUDA tells: more than context, cuDNN and cuBLAS take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +34,9 @@ class Gauge:
     nvml
         A session with NVML; None where there is none.
     idle
-        Bytes in use by NVML's UUID of a device before this process had a CUDA context, as far as known.
+        By a device's UUID in NVML: bytes in use before this process had a CUDA context, as far as known.
     cuda
-        The module ``torch.cuda``, or what stands for it.
+        The module ``torch.cuda``, or a stand-in.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Gauge:
     # --- reading -------------------------------------------------------------------------------------
 
     def read(self) -> Reading | None:
-        """Bytes that the process holds on the device by NVML; None if that is unknown."""
+        """Bytes that the process holds on the device according to NVML; None if unknown."""
         if self._nvml is None or self._handle is None:
             return None
         return self._nvml.reading(self._handle, idle=self._idle, at_least=self.reserved())
@@ -111,8 +111,8 @@ class Gauge:
     def cap(self, owner: object, nbytes: int) -> None:
         """Let the allocator hold ``nbytes`` at most, until ``uncap`` is called for the same owner.
 
-        Caps may overlap, on several threads too: the lowest one holds, the user's own among them, and the
-        one from before the first comes back after the last.
+        Caps may overlap, on several threads too: the lowest is in force, the user's own included, and the
+        user's own comes back after the last.
         """
         if self.reserved() > nbytes:
             self.empty_cache()

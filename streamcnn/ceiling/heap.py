@@ -1,4 +1,4 @@
-"""What the C library's heap holds free, and how to keep a pass from taking it.
+"""Measure what the C library's heap holds free, and keep a pass from taking it.
 
 In a process that has run plain PyTorch the heap may hold a gigabyte free, in holes. Blocks of any size then
 come from there. The kernel is not asked, so it refuses nothing; and what is freed stays resident, so tiles'
@@ -17,7 +17,7 @@ from streamcnn.ceiling.allocator import libc, set_mmap_threshold
 LEAST_HOLE = 2**18
 """Bytes of the smallest hole that is filled: smaller blocks come from the heap in a fresh process too."""
 _STEP = 8
-"""A block that fits into no hole is tried again smaller, by one part in this many."""
+"""A block that fits into no hole is tried again, smaller by one part in this many."""
 _IS_MMAPPED = 2
 """The flag in the word before a block of glibc's that did not come from the heap."""
 _WORD = ctypes.sizeof(ctypes.c_size_t)

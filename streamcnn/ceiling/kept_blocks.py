@@ -1,8 +1,8 @@
 """PyTorch's CPU allocator while a pass runs: blocks are kept from tile to tile, counted, and capped.
 
-glibc gives large blocks back to the kernel when they are freed, or keeps them in a heap that holes fill: the
-first costs page faults, the second memory. ``kept_blocks.cpp`` does neither; here it is built, loaded and
-called. Without it everything works, but slower.
+glibc gives large blocks back to the kernel when they are freed, which costs page faults, or keeps them in a
+heap, which fragments and so costs memory. ``kept_blocks.cpp`` does neither; this module builds, loads and
+calls it. Without it everything works, but slower.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ class KeptBlocks:
         finalize(self, library.kept_blocks_forget, self._pass).atexit = False
 
     def enter(self) -> None:
-        """Have this thread's tensors come from here, until ``leave``. A pass is entered once."""
+        """Take this thread's tensors from kept blocks until ``leave``. A pass is entered once."""
         self._library.kept_blocks_enter(self._pass)
 
     def keep(self, nbytes: int) -> None:
-        """Change what tensors and free blocks may hold together. Free blocks beyond that go back now."""
+        """Let tensors and free blocks hold ``nbytes`` together; free blocks beyond that go back now."""
         self._library.kept_blocks_keep(self._pass, _bytes(nbytes))
 
     def inherit(self, other: KeptBlocks) -> None:
-        """Count the tensors of another pass, such as an earlier part of this one, here from now on."""
+        """From now on, count the tensors of another pass, such as an earlier part of this one, as its own."""
         self._library.kept_blocks_inherit(self._pass, other._pass)
 
     def leave(self) -> None:
@@ -70,20 +70,20 @@ class KeptBlocks:
 
     @property
     def peak(self) -> int:
-        """The most bytes that its tensors and free blocks held together; a diagnostic."""
+        """The most bytes that the pass's tensors and free blocks held together; a diagnostic."""
         return self._counts()[2]
 
     def _counts(self) -> tuple[int, int, int]:
-        """Bytes of its tensors now and at most, in whole pages, and at most with free blocks."""
+        """Bytes in whole pages: the pass's tensors now, their peak, and the peak with free blocks."""
         counts = (ctypes.c_size_t * 3)()
         self._library.kept_blocks_count(self._pass, counts)
         return counts[0], counts[1], counts[2]
 
 
 def kept_blocks_available() -> bool:
-    """Whether blocks can be kept: whether the library is there, or could be built now.
+    """Whether blocks can be kept: the variable allows it, and the library exists or could be built now.
 
-    Where it cannot be built, a warning says so, once.
+    If it cannot be built, a warning says so, once.
     """
     return os.environ.get(VARIABLE) != "0" and _library() is not None
 
@@ -95,7 +95,7 @@ def free_block_bytes() -> int:
 
 
 def resident_free_block_bytes() -> int:
-    """Bytes of free blocks that are resident, since they were touched."""
+    """Bytes of free blocks that were touched, and so are resident."""
     library = _loaded()
     return 0 if library is None else int(library.kept_blocks_resident())
 
@@ -108,7 +108,7 @@ def give_back(*, but: int = 0) -> None:
 
 
 def extents() -> list[tuple[int, int, int]]:
-    """The extents of the range of addresses: start, bytes, and 0 for no memory, 1 for free, 2 for used.
+    """Extents of the range of addresses: each start, bytes, and state (0 without memory, 1 free, 2 used).
 
     A diagnostic, to see that they tile the range.
     """
@@ -132,7 +132,7 @@ def _loaded() -> ctypes.CDLL | None:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The library, put in front of PyTorch's allocator; None if that is not possible."""
+    """Load the library and put it in front of PyTorch's allocator; None if that is not possible."""
     if sys.platform != "linux":
         return None
     try:

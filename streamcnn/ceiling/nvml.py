@@ -38,7 +38,7 @@ class Nvml:
     Parameters
     ----------
     api
-        The module ``pynvml``, or what speaks its interface.
+        The module ``pynvml``, or an object with its interface.
 
     Notes
     -----
@@ -73,13 +73,13 @@ class Nvml:
         Parameters
         ----------
         uuid
-            Of the device, as PyTorch spells it, with or without NVML's prefix. An index would not do:
-            CUDA_VISIBLE_DEVICES renumbers.
+            UUID of the device as PyTorch spells it, with or without NVML's prefix. An index would not do:
+            CUDA_VISIBLE_DEVICES renumbers devices.
         index
             PyTorch's number of the device.
         visible
-            CUDA_VISIBLE_DEVICES. For a slice of a card (MIG) CUDA may give the UUID of the whole card; the
-            slice's stands here.
+            CUDA_VISIBLE_DEVICES. For a slice of a card (MIG), CUDA may give the UUID of the whole card; this
+            variable has the slice's.
         """
         listed = [entry.strip() for entry in (visible or "").split(",")]
         entry = listed[index] if index < len(listed) else ""

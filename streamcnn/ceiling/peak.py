@@ -43,7 +43,7 @@ class PeakGauge:
     Parameters
     ----------
     besides
-        Called with every reading.
+        Called before every reading.
     """
 
     def __init__(self, besides: Callable[[], object]) -> None:
@@ -54,7 +54,7 @@ class PeakGauge:
         self._final: Peak | None = None
 
     def peak(self) -> Peak | None:
-        """The peak so far, or until the end if that has come; None if there was no reading."""
+        """The peak so far, or after ``close`` the final one; None if there was no reading."""
         if self._final is not None:
             return self._final
         sampled, mark = self._sampler.peak, status_bytes("VmHWM")
@@ -69,7 +69,7 @@ class PeakGauge:
         return self._sampler.samples
 
     def sample(self) -> None:
-        """Take a reading now, if it is open."""
+        """Take a reading now, if the gauge is open."""
         if self._file is not None and self._final is None:
             self._sampler.sample()
 

@@ -51,7 +51,7 @@ class ResidentFile:
 
 
 def untouched_code_bytes() -> int:
-    """Bytes of address space of code that was compiled in this process and not touched."""
+    """Bytes of address space of code that was compiled in this process and never touched."""
     nbytes = 0
     *mappings, _ = _MAPS.read_bytes().split(_WRITABLE_CODE)
     for mapping in mappings:

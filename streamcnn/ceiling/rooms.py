@@ -1,4 +1,4 @@
-"""Host memory that limits besides the budget leave: the process's own limits, and its control groups'.
+"""Host memory left by limits besides the budget: those of the process and of its control groups.
 
 The kernel refuses allocations past ``RLIMIT_DATA`` and ``RLIMIT_AS``. A control group's limit, by which
 containers, systemd and Slurm limit memory, ends the process without a word.
@@ -30,7 +30,7 @@ _KERNELS_SHARE = 64
 _LIBRARIES = 2**25
 """Address space that is left for libraries' code and threads' stacks, which no plan counts."""
 _STEPS = 16
-"""How finely rooms are distinguished, so that a few bytes more or less make no new plan."""
+"""Rooms are rounded down by one part in this many at most."""
 _RAISE_GROUPS = (
     "raise it (docker run --memory, resources.limits.memory of Kubernetes, MemoryMax= of systemd, --mem of "
     "Slurm) or end other processes in the group"
@@ -43,7 +43,7 @@ class Room:
 
     nbytes: int
     name: str
-    """What is limited by what, for an error's text."""
+    """The limit in words, for an error's text."""
     limit: int
     """Bytes."""
     used: int
@@ -54,7 +54,7 @@ class Room:
 
     @property
     def rounded(self) -> int:
-        """``nbytes``, so rounded that plans for it can be kept."""
+        """``nbytes`` rounded down, so that a few bytes more or less need no new plan."""
         return rounded_down(self.nbytes)
 
     def __str__(self) -> str:
@@ -71,12 +71,12 @@ def rounded_down(nbytes: int) -> int:
 
 
 def host_room(*, cgroups: Path | None = None, membership: Path | None = None) -> Room | None:
-    """The least room that any limit leaves; None where nothing is limited.
+    """The smallest room that any limit leaves; None where nothing is limited.
 
     Parameters
     ----------
     cgroups
-        Where control groups' folders are; ``/sys/fs/cgroup`` if None.
+        The folder of the control groups; ``/sys/fs/cgroup`` if None.
     membership
         The file that lists this process's groups; ``/proc/self/cgroup`` if None.
     """
@@ -91,7 +91,7 @@ def host_room(*, cgroups: Path | None = None, membership: Path | None = None) ->
 
 
 def host_memory_bytes(*, cgroups: Path | None = None, membership: Path | None = None) -> int:
-    """Bytes of the host's RAM, or what a control group leaves of it, in use or not.
+    """Bytes of the host's RAM or, if less, the lowest limit of a control group, in use or not.
 
     Parameters are those of `host_room`.
     """
@@ -103,7 +103,7 @@ def host_memory_bytes(*, cgroups: Path | None = None, membership: Path | None = 
 
 
 def host_offload_bytes(*, cgroups: Path | None = None, membership: Path | None = None) -> int:
-    """Bytes of the host's RAM that maps beside a GPU, or files of maps, may take.
+    """Bytes of the host's RAM that maps offloaded from a GPU, or files of maps, may take.
 
     Parameters are those of `host_memory_bytes`.
     """
@@ -113,12 +113,12 @@ def host_offload_bytes(*, cgroups: Path | None = None, membership: Path | None =
 def buffered_file_bytes(
     *, cgroups: Path | None = None, membership: Path | None = None, settings: Path | None = None
 ) -> int:
-    """Bytes of files that the system takes into RAM before it begins to write them, so that nobody waits.
+    """Bytes of files that the system buffers in RAM before it begins to write them, so that no writer waits.
 
     Parameters
     ----------
     cgroups, membership
-        As of `host_memory_bytes`.
+        As for `host_memory_bytes`.
     settings
         The folder of the kernel's settings of virtual memory; ``/proc/sys/vm`` if None.
 
@@ -178,7 +178,7 @@ _SECOND = _Files("memory.max", "memory.current", ("inactive_file", "active_file"
 
 
 def _groups(cgroups: Path, membership: Path) -> Iterator[tuple[_Files, Path]]:
-    """Folders of the groups that the process is in, and of those around them, as far as it sees them."""
+    """Folders of the process's groups and of their parents, each with the names of its files."""
     try:
         lines = membership.read_text().splitlines()
     except FileNotFoundError:
@@ -195,7 +195,7 @@ def _groups(cgroups: Path, membership: Path) -> Iterator[tuple[_Files, Path]]:
 
 
 def _levels(root: Path, path: str) -> Iterator[Path]:
-    """The folder of a group and those around it. In a container the path may be the host's: then the root."""
+    """The folders of a group and of its parents; only the root if the path leaves it, as in containers."""
     parts = [part for part in path.split("/") if part]
     if ".." in parts:
         parts = []
@@ -204,7 +204,7 @@ def _levels(root: Path, path: str) -> Iterator[Path]:
 
 
 def _group_room(files: _Files, folder: Path) -> Room | None:
-    """What a group's limit leaves; None if it has none or does not tell."""
+    """What a group's limit leaves; None if the group has no limit or it cannot be read."""
     limit, used = _number(folder / files.limit), _number(folder / files.used)
     if limit is None or used is None or limit >= _NO_LIMIT:
         return None
@@ -227,7 +227,7 @@ def _number(file: Path) -> int | None:
 
 
 def _text(file: Path) -> str | None:
-    """A file's text; None where it is not there, or not for this process, or its group has just gone."""
+    """A file's text; None if it is missing, unreadable for this process, or its group has just gone."""
     try:
         return file.read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""A thread that reads a number again and again while something else runs, and keeps the largest."""
+"""A thread that takes readings at intervals while something else runs, and keeps the largest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Generic, Protocol, TypeVar
 INTERVAL = 0.02
 """Seconds between samples of a GPU's memory: a reading takes about a millisecond."""
 MOST_SAMPLES = 4096
-"""Samples kept at most; then every other one is dropped, and half as many new ones are kept."""
+"""Samples kept at most; past that, every other one is dropped, and half as many new ones are kept."""
 _LONGEST_START = 0.5
 """Seconds to wait at most for a thread to begin."""
 
@@ -28,19 +28,18 @@ R = TypeVar("R", bound=Sized)
 
 
 class Sampler(Generic[R]):
-    """Calls ``read`` on a thread of its own from ``start`` until ``close``; a ``with`` block does both.
+    """Calls ``read`` on a thread of its own from ``start`` until ``close``.
 
-    The begin and end of a block are sampled too. The thread ends with the block, whatever happens in it. An
-    error of ``read`` ends the sampling, and the block raises it if nothing else went wrong. A sample that
-    finds no memory for itself is left out: under a limit that is nearly reached, the block's own work decides
-    whether there is enough.
+    ``start`` takes a first reading before it returns. An error of ``read`` ends the sampling on the thread,
+    and ``raise_error`` raises it. A sample on the thread that finds no memory for itself is left out: under a
+    limit that is nearly reached, the work that is measured decides whether there is enough.
 
     Nothing here waits for a Python lock that ``KeyboardInterrupt`` could leave taken.
 
     Parameters
     ----------
     read
-        A reading, or None where it is unknown.
+        Returns a reading, or None where it is unknown.
     interval
         Seconds between readings.
     """
@@ -52,7 +51,7 @@ class Sampler(Generic[R]):
         self._running = Lock()
         """Taken until the thread is to end."""
         self._peaks: dict[int, R] = {}
-        """By thread, each of which changes its own alone."""
+        """The largest reading by thread; each thread changes only its own."""
         self._error: BaseException | None = None
         self._samples: list[tuple[float, int]] = []
         self._stride = 1
@@ -65,7 +64,7 @@ class Sampler(Generic[R]):
 
     @property
     def samples(self) -> tuple[tuple[float, int], ...]:
-        """Readings in order: ``time.perf_counter()`` in seconds, bytes. Some 4096 at most, evenly spread."""
+        """Readings in order: ``time.perf_counter()`` in seconds, bytes. At most 4096, evenly spread."""
         return tuple(sorted(self._samples))
 
     @property
@@ -120,7 +119,7 @@ class Sampler(Generic[R]):
 
     def _run(self) -> None:
         try:
-            # It can be acquired only once the thread is to end.
+            # The lock can be acquired only once the thread is to end.
             while not self._running.acquire(timeout=self._interval):
                 with suppress(MemoryError):
                     self.sample()
