@@ -1,4 +1,4 @@
-"""Where checkpoints and gradient maps live between phases."""
+"""Stores, which hold checkpoints and gradient maps between phases."""
 
 from streamcnn.stores.base import Store as Store
 from streamcnn.stores.base import StoreSpec as StoreSpec

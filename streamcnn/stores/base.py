@@ -1,7 +1,7 @@
-"""The interface of stores: the contract that every place for a map keeps.
+"""The interface of stores, on every tier.
 
-A store holds one map, a checkpoint or a gradient map, and hands out and takes regions of it. It
-knows nothing of phases or tiles: the executor decides who reads what, and when a store may go.
+A store holds one map, a checkpoint or a gradient map. It hands out regions of the map and takes them in. It
+knows nothing of phases or tiles: the executor decides who reads what, and when to close a store.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class StoreSpec:
     shape: tuple[int, ...]
     """Extents of the whole map, spatial axes included, such as (N, C, H, W)."""
     dtype: torch.dtype
-    """Element type that is kept; tiles of another type are converted when they are written."""
+    """Element type in the store; tiles of another type are converted when they are written."""
     axes: tuple[int, int]
     """Positions of H and of W in ``shape``."""
 
@@ -62,8 +62,8 @@ class Store(ABC):
     spec
         Shape and element type of the map.
     bytes_read, bytes_written
-        Bytes of the map handed out and taken in so far, in the store's element type; what a medium
-        moves beyond that is not counted. ``add`` counts as both.
+        Bytes of the map handed out and taken in so far, in the store's element type. Bytes that the medium
+        moves beyond that are not counted. ``add`` counts as both.
     """
 
     def __init__(self, spec: StoreSpec) -> None:
@@ -96,8 +96,8 @@ class Store(ABC):
     def reserve(self, region: Region) -> Incoming:
         """Like :meth:`read`, but the values may arrive while something else is computed.
 
-        They are those that were written before this call. Memory for them is allocated now; nothing may be
-        written to ``region`` until the tile has been asked for.
+        They are those written before this call. Memory for them is allocated now. Nothing may be written to
+        ``region`` until the caller has asked for the tile.
 
         Raises
         ------
@@ -115,8 +115,8 @@ class Store(ABC):
         Parameters
         ----------
         may_keep
-            Whether the values of ``tile`` are final. A store may then keep the tensor itself as the map, if
-            it covers the whole map, and must not change it either.
+            Whether the values of ``tile`` are final. If ``tile`` covers the whole map, a store may then keep
+            the tensor itself as the map, and must not change it either.
 
         Raises
         ------
@@ -133,8 +133,8 @@ class Store(ABC):
         Parameters
         ----------
         may_keep
-            Whether the caller gives the memory of ``tile`` up. A store may then keep the tensor itself as the
-            map, if it covers the whole map, and add to it in place.
+            Whether the caller gives up the memory of ``tile``. If ``tile`` covers the whole map, a store may
+            then keep the tensor itself as the map, and add to it in place.
 
         Raises
         ------
@@ -170,12 +170,12 @@ class Store(ABC):
 
     @abstractmethod
     def _free(self) -> None:
-        """Let go of everything; called once."""
+        """Free memory and files; called once."""
 
     def _check(self, region: Region, tile: Tensor | None = None) -> None:
         if self._closed:
             raise ValueError(f"the store of a {self.spec.shape} map is closed: it cannot be used any more")
-        # Slices clip and tensors broadcast without a word, so a wrong region would become wrong values.
+        # Slices clip and tensors broadcast silently, so a wrong region would become wrong values.
         assert self._whole.contains(region), f"{region} is not inside {self.spec.size}"
         if tile is not None:
             expected = self.spec.tile_shape(region)

@@ -15,10 +15,10 @@ from streamcnn.stores.transfers import Copies, GpuTransfers, PlainTransfers, Tra
 
 
 class CudaCopies:
-    """A stream each way beside the one that computes.
+    """Two streams for copies, one each way, beside the stream that computes.
 
     All tensors are allocated on the stream that computes, so the caching allocator holds no memory for other
-    streams. Whoever drops a tensor waits for its copies first.
+    streams. Callers that drop a tensor wait for its copies first.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,7 +27,7 @@ class CudaCopies:
         self._outgoing: cuda.Stream = cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def mark(self) -> cuda.Event:
-        """The end of the work that is queued on the stream that computes."""
+        """An event at the end of the work queued on the stream that computes."""
         return _recorded(cuda.current_stream(self.device))
 
     def bring(self, copies: Copies, after: cuda.Event) -> cuda.Event:
@@ -52,11 +52,11 @@ class CudaCopies:
         self._outgoing.synchronize()
 
     def buffer(self, shape: Sequence[int], dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
-        """A tensor of PyTorch's allocator of pinned memory, which knows what copies of it are under way."""
+        """A tensor from PyTorch's allocator of pinned memory, which tracks the copies that use it."""
         return torch.empty(tuple(shape), dtype=dtype, pin_memory=True, memory_format=memory_format)
 
     def pin(self, block: Tensor) -> Callable[[], None] | None:
-        """Register memory of the host's with CUDA."""
+        """Register host memory with CUDA; return what undoes that, or None with a warning if it fails."""
         device, place, process = self.device, block.data_ptr(), os.getpid()
         try:
             error = _error_of("cudaHostRegister", device, place, block.nbytes, 0)
@@ -82,7 +82,7 @@ class CudaCopies:
 
 
 def _error_of(function: str, device: torch.device, *args: int) -> int:
-    """Call a function of CUDA's runtime; the number of its error, 0 if there is none."""
+    """Call a function of CUDA's runtime, and return its error number, or 0 for none."""
     runtime: Any = cuda.cudart()  # type: ignore[no-untyped-call]
     # Otherwise the call would make a context on whichever device is current.
     with cuda.device(device):
@@ -110,5 +110,5 @@ def _copied(stream: cuda.Stream, copies: Copies, after: cuda.Event) -> cuda.Even
 
 
 def transfers_of(device: torch.device) -> Transfers:
-    """What moves tiles between host memory and a device that computes."""
+    """The transfers of tiles between host memory and a compute device."""
     return GpuTransfers(CudaCopies(device)) if device.type == "cuda" else PlainTransfers(device)

@@ -1,4 +1,4 @@
-"""Which part of a gradient map has been written, when tiles arrive in row order.
+"""Track which part of a map has been written, for tiles that arrive in row order.
 
 Adding to a position that holds nothing yet is a copy, which saves reading it. The written part is kept as one
 height per column, in runs of equal heights: everything above a height counts as written. For tiles in row
@@ -24,7 +24,7 @@ class Frontier:
         self._heights = [0]
 
     def split(self, region: Region) -> Iterator[tuple[Region, bool]]:
-        """``region`` in disjoint parts, each with whether it may hold something."""
+        """Split ``region`` into disjoint parts, each with whether it may have been written."""
         rows = region.rows
         for cols, height in self._runs(region.cols):
             seam = min(max(height, rows.start), rows.stop)
@@ -34,7 +34,7 @@ class Frontier:
                 yield Region(Interval(seam, rows.stop), cols), False
 
     def skipped(self, region: Region) -> Iterator[Region]:
-        """What counts as written as soon as ``region`` does, although nothing was written there."""
+        """The parts outside ``region`` that count as written once ``region`` does, though nothing was."""
         for cols, height in self._runs(region.cols):
             if height < region.rows.start:
                 yield Region(Interval(height, region.rows.start), cols)
@@ -44,8 +44,8 @@ class Frontier:
     ) -> list[tuple[Region, bool]]:
         """Split ``region`` as `split` does, and count all of it as written from now on.
 
-        Where memory does not come zeroed, ``zero`` is called with each part that counts as written along with
-        ``region``. The caller holds a lock meanwhile: another thread's region could pass for skipped.
+        For memory that does not come zeroed, ``zero`` is called with each part that counts as written along
+        with ``region``. The caller must hold a lock, or a region of another thread could count as skipped.
         """
         if self._holds(region):
             return [(region, True)]
@@ -57,7 +57,7 @@ class Frontier:
         return parts
 
     def mark(self, region: Region) -> None:
-        """All of ``region`` may hold something from now on."""
+        """Count all of ``region`` as written from now on."""
         cols = region.cols
         runs = [(part.start, max(height, region.rows.stop)) for part, height in self._runs(cols)]
         if not runs:
@@ -75,7 +75,7 @@ class Frontier:
         self._starts[first:end], self._heights[first:end] = starts, heights
 
     def _holds(self, region: Region) -> bool:
-        """Whether all of ``region`` is written, as far as a quick look shows: most of what is read is."""
+        """Whether a quick look shows that all of ``region`` is written, as most regions are when read."""
         return len(self._heights) == 1 and region.rows.stop <= self._heights[0] and 0 not in region.size
 
     def _runs(self, cols: Interval) -> Iterator[tuple[Interval, int]]:

@@ -1,4 +1,4 @@
-"""A map kept whole in host RAM, beside a GPU that computes with it."""
+"""The store of a map in host RAM, for a GPU that computes with it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from streamcnn.stores.whole import WholeStore
 
 
 class HostStore(WholeStore):
-    """One pinned block that holds the whole map, allocated at the first write, in the layout of that.
+    """One pinned block that holds the whole map, allocated at the first write in the layout of that tile.
 
     A region without gaps in memory, such as a band of full rows of one image in ``channels_last``, is copied
-    in place while the GPU computes, and so is one of few large pieces. Others go through a pinned buffer, and
-    so does what is added to values that are there already.
+    in place while the GPU computes, and so is a region of few or large pieces. Other regions go through a
+    pinned buffer, and so do tiles that are added to values that are there already.
 
     Parameters
     ----------
     spec
         The map.
     transfers
-        What moves its tiles.
+        Moves the map's tiles.
     spares
-        Where blocks come from and go to.
+        Supplies blocks and takes them back.
     """
 
     def __init__(self, spec: StoreSpec, transfers: GpuTransfers, spares: SparePinned) -> None:
@@ -66,7 +66,7 @@ class HostStore(WholeStore):
         for part, holds in self._claim(whole, region):
             target = self._view(whole, part)
             share = crop(tile, self.spec.axes, region, part)
-            # Values that are there may still be on their way; what is taken is finished in order.
+            # Values that are there may still be on their way; tiles that are taken are finished in order.
             if not holds and share.dtype == target.dtype and self._is_copied_in_place(target):
                 self._transfers.put(self, share, target, is_final=is_final)
             else:
@@ -85,7 +85,7 @@ class HostStore(WholeStore):
         return self._block.is_pinned and few_pieces(view)
 
     def _writable(self, tile: Tensor) -> Tensor:
-        """The map, in the layout of the first tile."""
+        """The map, allocated in the layout of the first tile if it does not exist yet."""
         with self._lock:
             if self._map is None:
                 self._block = self._spares.take(self.spec.nbytes, self._transfers.engine.pin)

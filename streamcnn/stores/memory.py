@@ -1,4 +1,4 @@
-"""A map kept whole in the memory of the device that computes."""
+"""The store of a map in the memory of the compute device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from streamcnn.stores.whole import WholeStore
 
 
 class MemoryStore(WholeStore):
-    """One tensor that holds the whole map, allocated at the first write, in the layout of that.
+    """One tensor that holds the whole map, allocated at the first write in the layout of that tile.
 
     Parameters
     ----------
@@ -22,14 +22,14 @@ class MemoryStore(WholeStore):
     device
         Where the tensor lives. Reading returns a view and copies nothing.
     zeroed
-        Whether memory comes zeroed. Otherwise it comes from PyTorch's allocator as it is, and a part that is
-        read before it was written is zeroed then.
+        Whether to allocate zeroed memory. Otherwise memory comes from PyTorch's allocator uninitialised, and
+        a part that is read before it was written is zeroed then.
 
     Notes
     -----
     Zeroed host RAM comes from the kernel page by page as it is touched, so a map that is written in
-    part costs what was written. A limit on the data segment counts all of it at once. Where memory does not
-    come zeroed, and on a GPU, a tile that covers the whole map may become the map without being copied.
+    part takes only the memory of that part. A limit on the data segment counts all of it at once. Without
+    ``zeroed``, and on a GPU, a tile that covers the whole map may become the map without a copy.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class MemoryStore(WholeStore):
         self._map = None
 
     def _can_keep(self, region: Region, tile: Tensor) -> bool:
-        """Whether ``tile`` is the whole map, where there is none yet, and keeps no other memory alive."""
+        """Whether ``tile`` is the map's first, covers all of it, and keeps no other memory alive."""
         return (
             self._map is None
             and _keeps_tiles(self._device, zeroed=self._zeroed)
@@ -100,7 +100,7 @@ class MemoryStore(WholeStore):
 
 
 def _keeps_tiles(device: torch.device, *, zeroed: bool) -> bool:
-    """Whether the memory that a tile was computed in may become the map's.
+    """Whether the memory in which a tile was computed may become the map's.
 
     In the C library's heap the map would outlive the tiles around it, which leave holes.
     """

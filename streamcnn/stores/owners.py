@@ -1,8 +1,8 @@
-"""Which process a temporary folder belongs to: its name says so, and others see when that process is dead.
+"""Owners of temporary folders: a folder's name identifies its process, so others can tell if that is dead.
 
-A process is known by its number and the time of its start. They identify it on one boot of one machine and
-in one PID namespace: containers have their own, and hosts may share a disk. A folder whose name points to
-another such place is left alone, whatever has become of its owner.
+A process is identified by its number and start time, on one boot of one machine and in one PID namespace (its
+*place*): containers have their own namespaces, and hosts may share a disk. A folder of another place is left
+alone, whether its owner lives or not.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Owner:
     place: str
     number: int
     start: int
-    """Clock ticks after the boot."""
+    """Clock ticks from the boot to the process's start."""
 
     @classmethod
     def present(cls) -> Self | None:
@@ -39,7 +39,7 @@ class Owner:
 
     @classmethod
     def of(cls, name: str) -> Self | None:
-        """The owner that is encoded in a folder's name; None in any other name."""
+        """The owner that a folder's name encodes; None for any other name."""
         found = _NAME.fullmatch(name)
         return None if found is None else cls(found["place"], int(found["number"]), int(found["start"]))
 
@@ -57,7 +57,7 @@ class Owner:
 
 
 def new_name() -> str:
-    """A name for a folder of this process that no other folder has."""
+    """A unique name for a folder of this process."""
     owner, chance = Owner.present(), secrets.token_hex(8)
     if owner is None:
         return f"{PREFIX}{chance}"

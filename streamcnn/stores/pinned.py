@@ -1,7 +1,7 @@
-"""Pinned host memory, kept from maps that are done with for the next ones.
+"""Pinned host memory, kept from finished maps for the next ones.
 
-Pinning takes the kernel some 0.3 s a GiB, many times what filling the memory takes. PyTorch's own allocator
-of pinned memory keeps it too, but rounds up to a power of two: half of a host's RAM may be lost to that.
+Pinning takes the kernel some 0.3 s per GiB, many times as long as filling the memory. PyTorch's own allocator
+keeps pinned memory too, but rounds up to a power of two, which may waste half of a host's RAM.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 Pin = Callable[[Tensor], Callable[[], None] | None]
-"""Pins memory and returns what undoes that; None if it cannot be pinned."""
+"""Pins memory and returns a function that undoes that; None if it cannot be pinned."""
 
 _LARGEST_WASTE = 1.25
-"""The largest block for a map, and the most memory held, over what maps need."""
+"""Upper bound of a block's size over its map's, and of all memory held over the most in use at once."""
 HUGE_PAGE_BYTES = 2**25
 """Mappings of at least this many bytes ask for 2 MiB pages, which are zeroed and mapped in fewer steps."""
 
@@ -31,7 +31,7 @@ _WIPE_ON_FORK = 18
 
 
 class PinnedBlock:
-    """Host memory of its own, pinned if that was possible, until it is collected."""
+    """A mapping of host memory, pinned if possible, until it is collected."""
 
     def __init__(self, nbytes: int, pin: Pin) -> None:
         self.memory = fresh_memory(nbytes, inherited=False)
@@ -43,7 +43,7 @@ class PinnedBlock:
 
     @property
     def nbytes(self) -> int:
-        """Its size."""
+        """The block's size."""
         return self.memory.nbytes
 
 
@@ -53,16 +53,16 @@ def _unpin(undo: Callable[[], None], memory: Tensor) -> None:
 
 
 class SparePinned:
-    """Spare blocks. Together with those in use they take at most a quarter more than maps ever took at once.
+    """Spare blocks. With blocks in use they take at most a quarter more than those in use ever took at once.
 
-    A copy starts without any.
+    A copy starts without spare blocks.
     """
 
     def __init__(self) -> None:
         self._lock = Lock()
         self._spare: list[PinnedBlock] = []
         self._in_use = WeakSet[PinnedBlock]()
-        """Weak, since a store that is collected takes its block along."""
+        """Weak references, since a collected store takes its block along."""
         self._most_in_use = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -75,7 +75,7 @@ class SparePinned:
             return sum(block.nbytes for block in self._spare)
 
     def take(self, nbytes: int, pin: Pin) -> PinnedBlock:
-        """A block of ``nbytes`` or a little more; what is in it is undefined."""
+        """Take a block of ``nbytes``, or up to a quarter more, with undefined content."""
         with self._lock:
             fitting = [b for b in self._spare if nbytes <= b.nbytes <= _LARGEST_WASTE * nbytes]
             found = min(fitting, key=lambda block: block.nbytes, default=None)
@@ -110,17 +110,18 @@ class SparePinned:
 
 
 def fresh_memory(nbytes: int, *, inherited: bool = True) -> Tensor:
-    """Bytes of host memory: zeros whose pages are not touched yet, in a mapping of their own.
+    """Zeroed host memory as bytes, in a mapping of its own whose pages are not touched yet.
 
     ``torch.zeros`` writes every page (1.07 GB became resident for a tensor of 2**30 bytes); pages fresh
-    from the kernel are zero. A map taken from the C library's heap would outlive tiles' tensors around
-    it and leave holes. The mapping is private, so that a limit on the data segment counts it.
+    from the kernel are zero. A map in the C library's heap would outlive the tiles' tensors around it and
+    leave holes. The mapping is private, so that a limit on the data segment counts it.
 
     Parameters
     ----------
     inherited
-        Whether a forked child sees what is in it; otherwise it sees zeros. When a process forks, Linux copies
-        every pinned page; before 5.9 it gave a new page to whoever wrote first, and a GPU kept the old one.
+        Whether a forked child sees the memory's content; otherwise it sees zeros. When a process forks, Linux
+        copies every pinned page; before 5.9 the process that wrote first got a new page, and a GPU kept the
+        old one.
     """
     if not hasattr(mmap, "MAP_ANONYMOUS"):
         return torch.zeros(nbytes, dtype=torch.uint8)

@@ -1,7 +1,7 @@
-"""Files of maps that are done with, kept for the next maps on disk.
+"""Files of finished maps, kept for the next maps on disk.
 
-A new page of a file costs more to allocate than to write: some 6 µs on a virtual machine, ten times what it
-takes to write it again. So a map's file is not removed but handed on, as allocators keep blocks.
+Allocating a new page of a file takes longer than writing it: some 6 µs on a virtual machine, ten times as
+long as writing it again. So the next map takes over a finished map's file, as allocators reuse blocks.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from streamcnn.stores.spill import SpillFolder
 class SpareFiles:
     """Spare files in a folder of their own.
 
-    Both are removed on ``close``, when collected and when the interpreter exits. Together with the maps that
-    are on disk, spare files never take more than maps have taken at once. A copy starts without any, and so
-    does a forked child.
+    Files and folder are removed on ``close``, on collection and when the interpreter exits. Together with the
+    maps on disk, spare files take no more than maps have taken at once. A copy and a forked child start
+    without spare files.
 
     Parameters
     ----------
@@ -52,15 +52,15 @@ class SpareFiles:
             return sum(self._spare.values())
 
     def take(self, path: Path, nbytes: int) -> bool:
-        """Move a spare file to ``path``; whether there was one.
+        """Move a spare file to ``path``, and return whether there was one.
 
-        It has ``nbytes`` at most, and what is in it is undefined. In any case ``path`` counts as a file of
-        ``nbytes`` from now on, until it is removed or kept.
+        The file has at most ``nbytes``, and its content is undefined. Even without a spare file, ``path``
+        counts as a file of ``nbytes`` from now on, until it is removed or kept.
 
         Raises
         ------
         OSError
-            If it cannot be moved.
+            If the file cannot be moved.
         """
         with self._lock:
             self._forget_lost()
@@ -80,7 +80,7 @@ class SpareFiles:
         Raises
         ------
         OSError
-            If it cannot be moved.
+            If the file cannot be moved.
         """
         with self._lock:
             self._forget_lost()
@@ -107,22 +107,22 @@ class SpareFiles:
         return max(self._spare, key=self._spare.__getitem__, default=None)
 
     def _forget_lost(self) -> None:
-        """Forget the files of a parent process, and those that somebody else has removed.
+        """Forget the files of a parent process, and files removed by others.
 
-        The system cleans up old temporary files, for one.
+        The system, for one, cleans up old temporary files.
         """
         if self._process != os.getpid():
             self._reset()
         self._spare = {path: size for path, size in self._spare.items() if path.exists()}
 
     def _note_in_use(self, path: Path, nbytes: int) -> None:
-        # A store that was collected took its file along.
+        # A collected store has taken its file along.
         self._in_use = {other: size for other, size in self._in_use.items() if other.exists()}
         self._in_use[path] = nbytes
         self._most_in_use = max(self._most_in_use, sum(self._in_use.values()))
 
     def _make_room(self) -> None:
-        """Cut spare files, the smallest first, until all take no more than maps have taken at once."""
+        """Cut spare files, the smallest first, until all files take no more than maps have taken at once."""
         excess = sum(self._spare.values()) + sum(self._in_use.values()) - self._most_in_use
         for path, size in sorted(self._spare.items(), key=lambda item: item[1]):
             if excess <= 0:

@@ -20,10 +20,10 @@ _ON_DISK = Path("/var/tmp")
 
 
 def spill_place(parent: str | os.PathLike[str] | None) -> Path:
-    """Where folders are made: in ``parent``, or in the system's temporary folder if None.
+    """The folder in which spill folders are made: ``parent``, or the system's temporary folder if None.
 
-    That may lie in memory, which spilling is to save: then it is ``/var/tmp``, unless the environment names
-    another one or ``/var/tmp`` cannot be used.
+    If the temporary folder lies in memory, which spilling is to save, it is ``/var/tmp`` instead, unless the
+    environment names the temporary folder or ``/var/tmp`` cannot be used.
     """
     if parent is not None:
         return Path(parent)
@@ -35,15 +35,15 @@ def spill_place(parent: str | os.PathLike[str] | None) -> Path:
 
 
 def free_bytes(parent: str | os.PathLike[str] | None) -> int:
-    """Bytes that can still be written where folders are made; see :func:`spill_place`."""
+    """Bytes that can still be written in the folder given by :func:`spill_place`."""
     return shutil.disk_usage(spill_place(parent)).free
 
 
 def remove_abandoned(parent: str | os.PathLike[str] | None) -> None:
     """Remove the spill folders in ``parent`` that killed processes have left.
 
-    Only those of this user, of this boot of the machine and of this PID namespace; see
-    ``streamcnn.stores.owners``. A warning names what cannot be removed.
+    Only folders of this user, this boot of the machine and this PID namespace are removed; see
+    ``streamcnn.stores.owners``. A warning names each folder that cannot be removed.
     """
     for folder in abandoned(spill_place(parent)):
         try:
@@ -61,9 +61,9 @@ def remove_abandoned(parent: str | os.PathLike[str] | None) -> None:
 
 
 def remove_with(owner: object, folder: Path) -> weakref.finalize[[Path, int], Any]:
-    """Removes ``folder`` when called, at the latest when ``owner`` is collected or the process ends.
+    """A finalizer that removes ``folder`` when called, when ``owner`` is collected or when the process ends.
 
-    A forked child inherits the owner and not the folder: its end removes nothing.
+    A forked child inherits the owner but not the folder: its end removes nothing.
     """
     return weakref.finalize(owner, _remove_tree, folder, os.getpid())
 
@@ -77,9 +77,9 @@ def _remove_tree(folder: Path, owner_process: int) -> None:
 class SpillFolder:
     """A temporary folder with a sub-folder per store, removed with everything in it.
 
-    Removed on ``close``, at the end of a ``with`` block, when collected and when the interpreter
-    exits, whichever comes first. What a killed process leaves is removed by the next one that makes a
-    folder in the same place. Everything else there stays.
+    It is removed on ``close``, at the end of a ``with`` block, on collection or when the interpreter exits,
+    whichever comes first. If a process is killed, the next process that makes a folder in the same place
+    removes the killed one's. Everything else there stays.
 
     Parameters
     ----------
@@ -106,7 +106,7 @@ class SpillFolder:
             raise
 
     def new_folder(self) -> Path:
-        """A path inside that was never handed out before; nothing exists there yet.
+        """A new path inside the folder, at which nothing exists yet.
 
         Raises
         ------

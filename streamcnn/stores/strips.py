@@ -1,7 +1,7 @@
-"""Integer geometry of a map cut into strips of columns: which ranges of bytes of a file hold a region.
+"""Geometry of a map divided into strips of columns: the ranges of bytes of a file that hold a region.
 
-In a strip H runs slowest, so any rows of it are one range of bytes. A tile's halo then costs only its own
-rows above and below, and a strip's width on either side; a band of full rows costs nothing but itself.
+H is the slowest axis of a strip, so any of its rows are one range of bytes. Reading a tile then moves no rows
+beyond its halo, and at most a strip's width more on either side; a band of full rows moves nothing more.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ from streamcnn.geometry.regions import Interval, Region
 from streamcnn.stores.base import StoreSpec
 
 BLOCK_NBYTES = 2**20
-"""Bytes moved at once: enough that the call costs little, few enough to stay in a core's cache."""
+"""Bytes moved at once: enough to make a call's overhead small, few enough to stay in a core's cache."""
 _STRIPS_PER_TILE = 8
-"""Strips across a tile that is no band of full rows: of these, its halo reads two more in vain at most."""
+"""Strips across a tile that is no band of full rows; a tile reads at most two strips' width in vain."""
 _NARROWEST, _WIDEST = 16, 64
 """Columns of a strip: shorter runs are copied slowly, longer ones read more than a halo needs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Rows of one strip, which are one range of bytes, and what a region has in common with them."""
+    """Rows of one strip, which are one range of bytes, and their intersection with a region."""
 
     offset: int
-    """First byte, counted from the first of the first strip."""
+    """First byte, counted from the start of the first strip."""
     covered: Region
-    """All of those rows; the last strip may reach beyond the map."""
+    """The rows over the strip's whole width; the last strip may reach beyond the map."""
     part: Region
-    """What the region has of them."""
+    """The intersection of the region with ``covered``."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether the region has all of them, so that their old values do not matter."""
+        """Whether the region covers the whole block, so that its old values do not matter."""
         return self.part == self.covered
 
 
 @dataclass(frozen=True, slots=True)
 class Strips:
-    """A map cut into strips of equal width; the last one may reach beyond its end."""
+    """A map divided into strips of equal width; the last strip may reach beyond the map."""
 
     spec: StoreSpec
     """The map."""

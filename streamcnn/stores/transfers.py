@@ -1,14 +1,14 @@
-"""Tiles on their way between host memory and the compute device.
+"""Transfers of tiles between host memory and the compute device.
 
 Where the host itself computes, there is nothing to move. A GPU has copy engines, which work while it
-computes: during each tile the next one's inputs are brought and the last one's results are taken away. The
-host's own part of that, such as reading a file, overlaps too, since the GPU's work is queued ahead. So no
-thread is needed, and only what needs the GPU's results waits for them.
+computes: during each tile the next tile's inputs are brought and the previous tile's results are taken. The
+host's own part, such as reading a file, overlaps too, since the GPU's work is queued ahead. So no thread is
+needed, and only work that needs the GPU's results waits for them.
 
-Three rules make that safe. A tile's memory is allocated before the tile ahead of it is computed, and its
-copy waits for all work that was queued by then: nothing else uses that memory any more. A tile that is taken
-away is held until its copy is done. A store's memory goes to another store only when no copy uses it; where a
-pass fails, the host waits for that.
+Three rules make this safe. A tile's memory is allocated before the preceding tile is computed, and the copy
+into it waits for all work queued by then: nothing else uses that memory any more. A tile that is taken is
+held until its copy is done. A store's memory goes to another store only when no copy uses it; if a pass
+fails, the host waits for all copies.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from torch import Tensor
 from streamcnn.geometry.windows import dense, layout
 
 Mark = Any
-"""A point in the queue of an engine or of the GPU's computation; only engines know what it is."""
+"""A point in the queue of an engine or of the GPU's computation; its type is the engine's own."""
 Copies = Sequence[tuple[Tensor, Tensor]]
-"""Targets and sources, of equal shape, type and order of axes, none with gaps in memory."""
+"""Pairs of target and source, of equal shape, type and order of axes, none with gaps in memory."""
 
 _MOST_PIECES = 64
-"""Pieces in which a region of a map is copied in place, at most, unless they are large."""
+"""The most pieces in which a region of a map is copied in place, unless they are large."""
 _LARGE_PIECE = 2**18
 """Bytes of a piece whose copy takes longer than its launch."""
 
@@ -44,13 +44,13 @@ class CopyEngine(Protocol):
     device: torch.device
 
     def mark(self) -> Mark:
-        """The end of the work that is queued for computation."""
+        """The mark of the end of the work queued for computation."""
 
     def bring(self, copies: Copies, after: Mark) -> Mark:
-        """Queue copies from pinned host memory, to begin after a mark; the mark of their end."""
+        """Queue copies from pinned host memory, to begin after a mark; return the mark of their end."""
 
     def take(self, copies: Copies, after: Mark) -> Mark:
-        """Queue copies to pinned host memory, to begin after a mark; the mark of their end."""
+        """Queue copies to pinned host memory, to begin after a mark; return the mark of their end."""
 
     def hold(self, mark: Mark) -> None:
         """Make all computation that is queued from now on wait for a mark."""
@@ -59,23 +59,23 @@ class CopyEngine(Protocol):
         """Wait on the host until a mark is reached."""
 
     def settle_all(self) -> None:
-        """Wait on the host for all copies, also for those whose mark was lost to an interrupt."""
+        """Wait on the host for all copies, including those whose mark was lost to an interrupt."""
 
     def buffer(self, shape: Sequence[int], dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
-        """An uninitialised tensor in pinned memory, which is not reused before copies of it are done."""
+        """An uninitialised tensor in pinned memory, which is not reused before its copies are done."""
 
     def pin(self, block: Tensor) -> Callable[[], None] | None:
-        """Pin host memory; what undoes that, or None if no more can be pinned."""
+        """Pin host memory; return a function that undoes that, or None if no more can be pinned."""
 
 
 class Incoming(Protocol):
-    """A tile that comes to the compute device."""
+    """A tile on its way to the compute device."""
 
     def fetch(self) -> None:
         """Do the host's part now; the copy runs while something else is computed."""
 
     def tile(self) -> Tensor:
-        """The tile, for what is computed from now on; fetched now if it was not before."""
+        """The tile, for computation queued from now on; fetched now if it was not before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,21 +85,21 @@ class Deferred:
     read: Callable[[], Tensor]
 
     def fetch(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def tile(self) -> Tensor:
-        """What is read now."""
+        """Read the tile now."""
         return self.read()
 
 
 Source = Callable[[], Tensor]
-"""Gives a tile in host memory, pinned where it goes to a GPU."""
+"""Returns a tile in host memory, pinned if it goes to a GPU."""
 Finish = Callable[[Tensor], object]
-"""Does the rest on the host, once a tile has arrived there."""
+"""Does the rest of the work on the host, once a tile has arrived there."""
 
 
 class Transfers(ABC):
-    """What moves tiles of one pass between its stores and where it computes.
+    """Moves the tiles of one pass between its stores and the compute device.
 
     Attributes
     ----------
@@ -116,7 +116,7 @@ class Transfers(ABC):
         dtype: torch.dtype,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> Tensor:
-        """An uninitialised tile in the host memory that tiles are brought from fastest."""
+        """An uninitialised tile in host memory, of the kind from which tiles are brought fastest."""
 
     @abstractmethod
     def bring(
@@ -127,50 +127,50 @@ class Transfers(ABC):
         memory_format: torch.memory_format = torch.contiguous_format,
         wanted: torch.memory_format | None = None,
     ) -> Incoming:
-        """A tile of such a shape; ``source`` is called for it when it is fetched.
+        """Prepare a tile of the given shape; ``source`` is called for its values when it is fetched.
 
-        A GPU hands it out in the layout that is ``wanted``: kernels depend on that, and it converts faster.
+        On a GPU the tile is converted there to the layout ``wanted``, on which kernels depend.
         """
 
     @abstractmethod
     def take(
         self, owner: object, tile: Tensor, dtype: torch.dtype, finish: Finish, *, is_final: bool
     ) -> None:
-        """Have ``finish`` called with the tile in host memory and in ``dtype``, in the order of these calls.
+        """Copy ``tile`` to host memory and call ``finish`` with it in ``dtype``, in the order of the calls.
 
-        ``owner`` is the store that it is for. ``is_final`` says that nobody changes the values of ``tile``
-        any more.
+        ``owner`` is the store that the tile is for. ``is_final`` says that nobody changes the values of
+        ``tile`` any more.
         """
 
     @abstractmethod
     def settle(self, owner: object) -> None:
-        """Finish what was taken for a store, which is about to be read."""
+        """Finish the transfers for a store that is about to be read."""
 
     @abstractmethod
     def advance(self) -> None:
-        """Finish what was taken of earlier tiles; called when the present one's work is queued."""
+        """Finish transfers from earlier tiles; called when the present tile's work is queued."""
 
     @abstractmethod
     def drain(self) -> None:
-        """Finish all that was taken, and wait until no copy uses a store's memory."""
+        """Finish all transfers, and wait until no copy uses a store's memory."""
 
     @contextmanager
     def overlapping(self, *, wanted: bool) -> Iterator[None]:
-        """A block of tiles; if ``wanted``, what is taken of one is finished while others are computed.
+        """A block of tiles; if ``wanted``, the transfers of a tile finish while others are computed.
 
-        At the end of the block all of it is finished, or dropped if the block ends in an error.
+        At the end of the block all transfers are finished, or dropped if the block ends in an error.
         """
         del wanted
         yield
 
 
 class PlainTransfers(Transfers):
-    """To and from a device that copies nothing while it computes, such as the host itself.
+    """Transfers to and from a device that copies nothing while it computes, such as the host itself.
 
     Parameters
     ----------
     compute_device
-        The device.
+        Where tiles are computed.
     """
 
     def __init__(self, compute_device: torch.device) -> None:
@@ -182,7 +182,7 @@ class PlainTransfers(Transfers):
         dtype: torch.dtype,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> Tensor:
-        """A tensor."""
+        """An uninitialised tensor in ordinary host memory."""
         return torch.empty(tuple(shape), dtype=dtype, memory_format=memory_format)
 
     def bring(
@@ -193,45 +193,45 @@ class PlainTransfers(Transfers):
         memory_format: torch.memory_format = torch.contiguous_format,
         wanted: torch.memory_format | None = None,
     ) -> Incoming:
-        """What the source gives, when it is asked for."""
+        """Read the source when the tile is asked for."""
         return Deferred(lambda: source().to(self.compute_device))
 
     def take(
         self, owner: object, tile: Tensor, dtype: torch.dtype, finish: Finish, *, is_final: bool
     ) -> None:
-        """Finish it now."""
+        """Finish the transfer now."""
         finish(tile.to("cpu", dtype))
 
     def settle(self, owner: object) -> None:
-        """Nothing: all is finished."""
+        """Do nothing: all transfers are finished."""
 
     def advance(self) -> None:
-        """Nothing: all is finished."""
+        """Do nothing: all transfers are finished."""
 
     def drain(self) -> None:
-        """Nothing: all is finished."""
+        """Do nothing: all transfers are finished."""
 
 
 @dataclass(slots=True)
 class _Taken:
-    """A tile that is being taken away."""
+    """A tile that is on its way to host memory."""
 
     owner: object
     done: Mark
     copies: Copies
-    """Kept until they are done, so that their memory is used for nothing else before."""
+    """Kept until the copies are done, so that nothing else uses their memory before."""
     finish: Callable[[], object]
 
 
 class GpuTransfers(Transfers):
-    """Between a GPU and host memory, by way of copy engines."""
+    """Transfers between a GPU and host memory, by way of copy engines."""
 
     def __init__(self, engine: CopyEngine) -> None:
         self.engine = engine
         self.compute_device = engine.device
         self._taken: deque[_Taken] = deque()
         self._num_earlier = 0
-        """How many of them are of tiles before the present one."""
+        """How many entries of ``_taken`` are from tiles before the present one."""
         self._overlaps = False
 
     def buffer(
@@ -251,28 +251,28 @@ class GpuTransfers(Transfers):
         memory_format: torch.memory_format = torch.contiguous_format,
         wanted: torch.memory_format | None = None,
     ) -> Incoming:
-        """Memory on the GPU now, and what comes there when it is fetched."""
+        """Allocate memory on the GPU now; the values come when the tile is fetched."""
         tile = torch.empty(tuple(shape), dtype=dtype, device=self.compute_device, memory_format=memory_format)
         return _Brought(self.engine, tile, source, wanted or memory_format, self.engine.mark())
 
     def take(
         self, owner: object, tile: Tensor, dtype: torch.dtype, finish: Finish, *, is_final: bool
     ) -> None:
-        """Copy it to a pinned buffer, and finish it when that is done."""
+        """Copy the tile to a pinned buffer, and call ``finish`` when the copy is done."""
         found = dense(_plain(tile))
         buffer = self.engine.buffer(found.shape, found.dtype, layout(found))
         # If that made a copy, nobody else has it.
         is_final = is_final or found is not tile
-        # Converted on the host, as on the GPU that would take memory.
+        # Converted on the host, since converting on the GPU would take memory there.
         self._send(owner, [(buffer, found)], lambda: finish(buffer.to(dtype)), is_final=is_final)
 
     def put(self, owner: object, tile: Tensor, target: Tensor, *, is_final: bool) -> None:
-        """Copy a tile straight to its place in pinned memory; both are of one type."""
+        """Copy a tile straight to its place in pinned memory; tile and target have one element type."""
         found = _plain(tile).contiguous(memory_format=layout(target))
         self._send(owner, pieces(target, found), lambda: None, is_final=is_final or found is not tile)
 
     def settle(self, owner: object) -> None:
-        """Finish all, if some of it is the store's."""
+        """Finish all transfers, if some of them are for this store."""
         if any(each.owner is owner for each in self._taken):
             self.drain()
 
@@ -287,12 +287,12 @@ class GpuTransfers(Transfers):
             finish()
 
     def advance(self) -> None:
-        """Finish what was taken before the present tile: the GPU computes that meanwhile."""
+        """Finish transfers from before the present tile, which the GPU computes meanwhile."""
         self._finish(self._num_earlier)
         self._num_earlier = len(self._taken)
 
     def drain(self) -> None:
-        """Finish all that was taken, and wait for all copies."""
+        """Finish all transfers, and wait for all copies."""
         self._finish(len(self._taken))
         self._num_earlier = 0
         self.engine.settle_all()
@@ -306,7 +306,7 @@ class GpuTransfers(Transfers):
 
     @contextmanager
     def overlapping(self, *, wanted: bool) -> Iterator[None]:
-        """Where it is wanted, tiles are taken away while later ones are computed."""
+        """If ``wanted``, take tiles to host memory while later ones are computed."""
         self._overlaps = wanted
         try:
             try:
@@ -315,11 +315,11 @@ class GpuTransfers(Transfers):
             finally:
                 self._drop()
         finally:
-            # Once more, as it may have been interrupted.
+            # Once more, as the first call may have been interrupted.
             self._drop()
 
     def _drop(self) -> None:
-        """Wait until no copy is under way; what is not finished never is."""
+        """Wait until no copy is under way, and drop unfinished transfers."""
         self._overlaps = False
         self.engine.settle_all()
         self._taken.clear()
@@ -327,7 +327,7 @@ class GpuTransfers(Transfers):
 
 
 class _Brought:
-    """A tile whose memory is allocated, and which is copied there when it is fetched."""
+    """A tile whose memory on the GPU is allocated, and whose values are copied there when it is fetched."""
 
     def __init__(
         self, engine: CopyEngine, tile: Tensor, source: Source, wanted: torch.memory_format, free: Mark
@@ -337,7 +337,7 @@ class _Brought:
         self._wanted = wanted
         self._source: Source | None = source
         self._free = free
-        """From here on nothing that was queued earlier uses the memory."""
+        """The mark after which nothing queued earlier uses the memory."""
         self._done: Mark | None = None
 
     def fetch(self) -> None:
@@ -347,21 +347,21 @@ class _Brought:
             self._done = self._engine.bring(pieces(self._tile, source), self._free)
 
     def tile(self) -> Tensor:
-        """The tile; what is computed from now on waits for it."""
+        """The tile; computation queued from now on waits for it."""
         self.fetch()
         self._engine.hold(self._done)
         return self._tile.contiguous(memory_format=self._wanted)
 
 
 def _plain(tile: Tensor) -> Tensor:
-    """The tile with no conjugation or negation pending, which PyTorch would do on the host, too early."""
+    """Resolve pending conjugation and negation, which PyTorch would otherwise do on the host, too early."""
     return tile.resolve_conj().resolve_neg()
 
 
 def pieces(target: Tensor, source: Tensor) -> Copies:
-    """Two tensors in pieces, none of which has gaps in memory.
+    """Divide two tensors into pairs of pieces without gaps in memory.
 
-    Both have their axes in the same order in memory, and one of them has no gaps at all.
+    Both tensors must have their axes in the same order in memory, and one of them must have no gaps.
     """
     axes = sorted({*_cut_axes(target), *_cut_axes(source)})
     if not axes:
@@ -371,13 +371,13 @@ def pieces(target: Tensor, source: Tensor) -> Copies:
 
 
 def few_pieces(view: Tensor) -> bool:
-    """Whether a region of a map is copied faster in place than through memory without gaps."""
+    """Whether copying a region of a map in place is faster than through memory without gaps."""
     count = math.prod(view.shape[axis] for axis in _cut_axes(view))
     return count <= _MOST_PIECES or view.nbytes >= count * _LARGE_PIECE
 
 
 def _cut_axes(view: Tensor) -> list[int]:
-    """The axes by which a view has to be cut for its pieces to have no gaps in memory."""
+    """The axes along which a view must be divided for its pieces to have no gaps in memory."""
     axes = sorted((axis for axis in range(view.dim()) if view.shape[axis] > 1), key=view.stride)
     extent = 1
     for place, axis in enumerate(axes):

@@ -1,9 +1,9 @@
-"""A map on disk, as an uncompressed Zarr v3 array; ``stores.strips`` says where a region's bytes are.
+"""The store of a map on disk: an uncompressed Zarr v3 array, of which ``stores.strips`` locates the bytes.
 
 Any Zarr library can open the folder; none is needed to write it. The array is one shard, so one file: its
-chunks are the strips, and the index at its end says where they are. The file is read and written here so that
-rows of a strip can be read by themselves, and because the Zarr library's threads and whole-chunk buffers take
-150 to 240 MB of a limited data segment and three to ten times as long.
+chunks are the strips, and the index at its end gives their offsets. This module reads and writes the file
+itself, so that it can read some rows of a strip alone, and because the Zarr library's threads and whole-chunk
+buffers take 150 to 240 MB of a limited data segment and three to ten times as long.
 """
 
 from __future__ import annotations
@@ -51,34 +51,35 @@ _STORED_AS = {
 
 
 class ZarrStore(Store):
-    """One map in one file, with about 1 MiB of it in memory per call beside the tile.
+    """One map in one file; a call holds about 1 MiB of it in memory beside the tile.
 
-    A strip holds all rows and channels of some columns: of all if tiles are bands of full rows, else of an
-    eighth of a tile's (16 to 64). What was never written takes no room, unless the file was another map's.
+    A strip holds all rows and channels of some columns: of all columns if tiles are bands of full rows, else
+    of an eighth of a tile's (16 to 64). Positions never written take no disk space, unless the file was
+    another map's.
 
     Parameters
     ----------
     spec
         The map.
     folder
-        Folder to create for it; it must not exist. It is removed on ``close``, when the store is
-        collected and when the interpreter exits.
+        Folder to create for the map; it must not exist. It is removed on ``close``, when the store is
+        collected or when the interpreter exits.
     tile_hint
         Extents (H, W) of the tiles by which the map will mostly be read and written.
     transfers
-        What moves tiles to and from where they are computed.
+        Moves tiles to and from the compute device.
     spares
-        Where files come from and go to; without it each map has a new one.
+        Supplies files and takes them back; if None, each map has a new file.
 
     Raises
     ------
     ValueError
         If Zarr cannot hold the element type.
     OSError
-        If the folder exists already. Reading raises it too, when the file was tampered with.
+        If the folder exists already. Reading raises it too, if the file is shorter than it should be.
     CannotWrite
-        If the folder cannot be created or the disk is full. `write` and `add` raise it too; the region is
-        then half written.
+        If the folder cannot be created or the disk is full. `write` and `add` raise it too; part of the
+        region may then be written.
 
     Notes
     -----
@@ -105,10 +106,10 @@ class ZarrStore(Store):
         self._frontier = Frontier(spec.size)
         self._writing = RLock()
         self._layout: torch.memory_format | None = None
-        """That of the tile written last: maps are read in the layout in which they were written."""
+        """Layout of the tile written last: maps are read in the layout in which they were written."""
         self._folder = folder
         if os.path.lexists(folder):
-            # No fault of the disk, and somebody else's: nothing of it is removed.
+            # This is no fault of the disk, and the folder is another's: nothing in it is removed.
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
         with self._naming_the_disk():
             folder.mkdir(parents=True)
@@ -165,9 +166,9 @@ class ZarrStore(Store):
         self._transfers.take(self, tile, self.spec.dtype, finish, is_final=may_keep)
 
     def _claim(self, region: Region) -> list[tuple[Region, bool]]:
-        """``region`` in parts, each with whether something was written there.
+        """Split ``region`` into parts, each with whether something was written there.
 
-        In a file that was used before, what will count as written without being so is made zero.
+        In a file that was used before, positions that will count as written without being so are zeroed.
         """
         with self._writing:
             if self._is_new:
@@ -191,7 +192,7 @@ class ZarrStore(Store):
             self._remove()
 
     def _update(self, region: Region, tile: Tensor, *, adds: bool) -> None:
-        """Write ``tile`` or add it to what is there; what was not written before is zero."""
+        """Write ``tile``, or add it to the values that are there."""
         scratch = self._scratch(region)
         with self._writing:
             for block in self._strips.blocks(region):
@@ -210,7 +211,7 @@ class ZarrStore(Store):
         return scratch.numpy().data[: self._strips.block_nbytes(block)]
 
     def _part(self, block: Block, scratch: Tensor) -> Tensor:
-        """What a region has of the block that the scratch memory holds, axes in the map's order."""
+        """The region's part of the block that the scratch memory holds, with axes in the map's order."""
         shape = self.spec.tile_shape(block.covered)
         stored = scratch[: self._strips.block_nbytes(block)].view(self.spec.dtype)
         rows = stored.view([shape[axis] for axis in self._file_order]).permute(self._map_order)
@@ -228,7 +229,7 @@ class ZarrStore(Store):
             _write_fully(self._file, self._bytes_of(block, scratch), block.offset)
 
     def _naming_the_disk(self) -> AbstractContextManager[None]:
-        """Have an error in writing say which disk it was, and how large the whole map is."""
+        """Make an error in writing name the disk and the size of the whole map."""
         return writing(self._folder, needed=self.spec.nbytes)
 
 
@@ -238,7 +239,7 @@ def _file_name(spec: StoreSpec) -> str:
 
 
 def _metadata(strips: Strips) -> dict[str, Any]:
-    """The array's ``zarr.json``, as the Zarr v3 core specification and its sharding codec have it."""
+    """The array's ``zarr.json``, after the Zarr v3 core specification and its sharding codec."""
     spec = strips.spec
     stored_as = _STORED_AS[spec.dtype]
     shard = list(strips.shape)
@@ -277,7 +278,7 @@ def _index(strips: Strips) -> memoryview:
 
 
 def _fill_value(stored_as: str) -> Any:
-    """Zero as the metadata spell it."""
+    """Zero as Zarr's metadata write it."""
     if stored_as.startswith("complex"):
         return [0.0, 0.0]
     return False if stored_as == "bool" else 0
