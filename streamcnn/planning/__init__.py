@@ -1,1 +1,1 @@
-"""From a program and a machine to a plan. No tensor is allocated here, no file read."""
+"""Planning: from a program and a machine to a plan. It allocates no tensor and reads no file."""

@@ -1,4 +1,4 @@
-"""Attempts at a plan: the program staged in several ways, and searched, for one resident tail each."""
+"""Attempts at a plan: for one resident tail each, the program is staged in several ways and searched."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from streamcnn.planning.tails import Tail
 DEFAULT_EDGE = 512
 """Tile edge where neither a budget nor a tile is given."""
 HALO_LIMITS = (16, 64, 128, 256, 512)
-"""Input pixels of halo at which a stretch without a barrier is split: the values that are tried."""
+"""Input pixels of halo above which a stretch without a barrier is split: the values that are tried."""
 HALO_SHARE = 0.25
-"""The same as a share of the tile's edge, where that is given."""
+"""The halo above which a stretch is split where a tile is given, as a share of the tile's shorter edge."""
 
 Retrace = Callable[[str | None], Program]
-"""The program with everything from the named captured call on resident; ``None`` for no tail."""
+"""Returns the program with everything from the named captured call on resident; ``None`` for no tail."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Attempt:
-    """The search over one program and what it found."""
+    """The search over one program and the solution it found."""
 
     search: Search
     solution: Solution
@@ -34,12 +34,12 @@ class Attempt:
 
     @property
     def seconds(self) -> float:
-        """Projected time, the tail's included; what runs on whole maps in any case is left out."""
+        """Projected time with the tail's, without operators that run on whole maps in any plan."""
         return self.solution.seconds + (self.tail.seconds if self.tail else 0.0)
 
     @property
     def rank(self) -> tuple[bool, int, float]:
-        """Smaller is better: what fits by time, what does not by bytes."""
+        """Sort key, smaller is better: attempts that fit by time, others by bytes."""
         fits = self.solution.fits
         return not fits, self.solution.excess, self.seconds if fits else self.solution.nbytes
 
@@ -58,7 +58,7 @@ class Attempts:
         return self.spec.room(self.machine.reserved)
 
     def tilings(self, tail: Tail | None, known: TilingCandidates | None = None) -> TilingCandidates:
-        """The ways to tile the program with such a tail; ``known`` are those of another one."""
+        """The ways to tile the program with ``tail``; those of ``known`` are reused where they hold."""
         program = self.retrace(tail.start if tail else None)
         return TilingCandidates(
             program,
@@ -78,7 +78,7 @@ class Attempts:
         untailed
             The ways to tile the program without a tail.
         most
-            Bytes that it may take, if there is a ceiling and that is higher.
+            Upper bound in bytes, used if there is a ceiling and it is higher.
         """
         tilings = self.tilings(tail, untailed) if tail else untailed
         room = self.room

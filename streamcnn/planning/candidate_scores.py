@@ -1,4 +1,4 @@
-"""What candidates take, as arrays: bytes at every peak point, and seconds."""
+"""Scores of tiling candidates, as arrays: bytes at every peak point, and seconds."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ class CandidateScores:
     forward: Ints
     """(stages, candidates): bytes of a step of the forward pass; 0 if there is none."""
     backward: Ints
-    """The same of the backward pass."""
+    """(stages, candidates): bytes of a step of the backward pass; 0 if there is none."""
     num_kernels: Ints
     """(stages, candidates): different convolutions of the stage's forward pass."""
     reusable: Ints
-    """(stages, candidates): bytes of it in blocks that may be kept for reuse when they are freed."""
+    """(stages, candidates): bytes of a step in blocks that may be kept for reuse when they are freed."""
     seconds: Floats
     """(stages, candidates): time of the stage, its stores included."""
     levels: Ints
-    """By stage."""
+    """(stages,): level of the stage."""
     peak_levels: Ints
-    """By stage: the level at which its step runs, a later one than its own if it rematerialises maps."""
+    """(stages,): level at which the stage's step runs, later than its own if it rematerialises maps."""
     global_bytes: GlobalBytes
     held: HeldBytes
-    """What is held beside steps, without what the backend keeps."""
+    """Bytes held beside steps, without what the backend keeps."""
     reuses_blocks: bool
     """Whether freed blocks are kept for reuse."""
 
     def pass_bytes(self, choice: Ints | None, reusable: int) -> PassBytes:
-        """What a pass takes if stages take the candidates of ``choice``; None counts no kernels yet.
+        """Bytes of a pass in which stages take the candidates of ``choice``; None counts no kernels yet.
 
         Parameters
         ----------
@@ -59,7 +59,7 @@ class CandidateScores:
         )
 
     def peaks(self, found: PassBytes) -> Ints:
-        """(stages, candidates): bytes at the worse peak point of the stage."""
+        """(stages, candidates): bytes at the worse of the stage's two peak points."""
         levels = self.peak_levels[:, None]
         forward = found.at(found.held.forward, levels, self.forward)
         backward = found.at(found.held.backward, levels, self.backward)
@@ -69,7 +69,7 @@ class CandidateScores:
         return peaks
 
     def other_peak(self, found: PassBytes) -> int:
-        """Bytes at the worst peak point of those that belong to no stage."""
+        """Bytes at the worst of the peak points that belong to no stage."""
         whole = self.global_bytes
         peaks = [int(found.at(found.held.segments, whole.step_levels, whole.step_bytes).max(initial=0))]
         if whole.reading.opening:

@@ -1,4 +1,4 @@
-"""All ways to tile all stages of a staging, as arrays, so that a choice of stores is scored in one go."""
+"""All tiling candidates of a staging as arrays, so that a choice of stores is scored in one go."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from streamcnn.planning.staging import Stage, Staging, is_differentiated
 _TIERS = {tier: place for place, tier in enumerate(Tier)}
 """Place of each tier in arrays of rates."""
 _FEWEST_LIMITS, _LIMIT_TRIALS = 6, 96
-"""How many limits on reusable blocks are tried: fewer where there are many stages to choose for."""
+"""Numbers of limits on reusable blocks that are tried: fewer for more stages."""
 _NEVER = 2**62
 """Bytes of a candidate that a stage does not have."""
 
@@ -35,16 +35,16 @@ class StageRow:
 
     tilings: tuple[TilingCandidate, ...]
     numbers: Ints
-    """(5, candidates): what :class:`CandidateScores` has as ``forward``, ``backward``, ``reusable`` and
-    ``num_kernels``, and tiles."""
+    """(5, candidates): ``forward``, ``backward``, ``reusable`` and ``num_kernels`` as in
+    :class:`CandidateScores`, and the number of tiles."""
     seconds: Floats
-    """(2, candidates): where freed blocks are given back, and where they are kept for reuse."""
+    """(2, candidates): time where freed blocks are given back, and where they are kept for reuse."""
     touched: tuple[str, ...]
-    """Maps whose stores its tiles read or write: its stored inputs and what it stores."""
+    """Maps whose stores the stage's tiles read or write: its stored inputs and the maps that it stores."""
     moved: Ints
     """(6, touched x candidates): bytes read, bytes written and transfers of each, and of its gradient."""
     on_the_way: Ints
-    """(3, touched x candidates): its bytes on the way during a tile, forward, backward and of gradients."""
+    """(3, touched x candidates): bytes on the way during a tile: forward, backward and of gradients."""
     outputs: Mapping[str, MapTraffic]
     is_differentiated: bool
 
@@ -93,7 +93,7 @@ class CandidateTable:
     staging: Staging
     rows: tuple[StageRow, ...]
     levels: Ints
-    """By stage; so is the next, which is what :class:`CandidateScores` has."""
+    """(stages,), as ``peak_levels``; both as in :class:`CandidateScores`."""
     peak_levels: Ints
     forward: Ints
     backward: Ints
@@ -102,11 +102,11 @@ class CandidateTable:
     num_tiles: Ints
     """(stages, candidates)."""
     seconds: Floats
-    """(2, stages, candidates): where freed blocks are given back, and where they are kept for reuse."""
+    """(2, stages, candidates): time where freed blocks are given back, and where they are kept for reuse."""
     touched: Ints
-    """Which map is read or written, as its place in ``maps``, by row of the array ``moved``."""
+    """(touched,): the map that is read or written, as its place in ``maps``."""
     toucher: Ints
-    """Which stage does so."""
+    """(touched,): the stage that reads or writes it."""
     moved: Ints
     """(6, touched, candidates): bytes read, bytes written and transfers, then those of gradient maps."""
     on_the_way: Ints
@@ -114,17 +114,17 @@ class CandidateTable:
     maps: tuple[str, ...]
     """Stored maps."""
     lifetimes: Lifetimes
-    """Of each stored map."""
+    """Sizes and lifetimes of the stored maps."""
     outputs: Ints
-    """Which map is stored, by stage."""
+    """(outputs,): the map that is stored, as its place in ``maps``."""
     output_bytes: Ints
-    """(outputs, 2, 2): of the map and of its gradient map, bytes read and written however tiles are cut."""
+    """(outputs, 2, 2): for the map and its gradient map, bytes read and written, whatever the tiles."""
     storer: Ints
-    """Which stage stores it."""
+    """(outputs,): the stage that stores it."""
 
     @classmethod
     def of(cls, staging: Staging, rows: tuple[StageRow, ...], gathers: Collection[Node]) -> CandidateTable:
-        """The table of a staging with the rows of its stages; ``gathers`` need maps as a whole."""
+        """Build the table of a staging from the rows of its stages; ``gathers`` read maps as a whole."""
         again = staging.rematerialised
         levels = [stage.level for stage in (*staging.stages, *(each.stage for each in again))]
         maps = tuple(name for stage in staging.stages for name in stage.stored)
@@ -187,7 +187,7 @@ class CandidateTable:
         }
 
     def traffic(self) -> dict[str, MapTraffic]:
-        """What a pass moves of each stored map with every stage tiled coarsest."""
+        """Traffic of each stored map in a pass with the coarsest tiles in every stage."""
         moved = dict.fromkeys(self.staging.stored, MapTraffic())
         for row in self.rows:
             for name, traffic in (*row.outputs.items(), *row.tilings[0].moved.items()):
@@ -225,7 +225,7 @@ class CandidateTable:
                 self._store_seconds(each * ~in_memory[..., None])
                 for each in (slowness, _asked(hardware, waits))
             )
-            # Where tiles follow each other, the shorter one is hidden by the longer.
+            # Where tiles follow each other, the longer time hides the shorter.
             hidden = np.maximum(computing + asked, beside)
             seconds = np.where(self.num_tiles > 1, hidden, computing + beside)
         else:
@@ -274,10 +274,10 @@ class CandidateTable:
 
 
 def _asked(hardware: HardwareProfile, waits: Floats) -> Floats:
-    """(maps, 2, 3): seconds for a byte read, a byte written and a transfer, as far as nothing hides them.
+    """(maps, 2, 3): seconds for a byte read, a byte written and a transfer that overlapping cannot hide.
 
-    A tile that comes or goes while others are computed is still written or read in the device's memory, and
-    the thread that asks for this also gives the device its work. So moving a map never takes less time than
+    A tile that is moved while others are computed is still written or read in the device's memory, and the
+    thread that requests this also gives the device its work. So moving a map never takes less time than
     reading it in the device's memory.
     """
     read, written = (rates[Tier.MEMORY] for rates in (hardware.read_bytes, hardware.write_bytes))
@@ -290,7 +290,7 @@ def _numbers(traffic: Traffic) -> tuple[int, int, int]:
 
 
 def _spread(values: Ints, num_stages: int) -> tuple[int, ...]:
-    """All of some ascending values, or as many as are tried: spread evenly, with the first and the last."""
+    """Ascending values, thinned to as many as are tried: evenly spread, with the first and the last."""
     count = min(len(values), max(_FEWEST_LIMITS, _LIMIT_TRIALS // max(num_stages, 1)))
     places = np.linspace(0, len(values) - 1, count).astype(np.int64)
     return tuple(values[places].tolist()) or (0,)
@@ -322,14 +322,14 @@ def _lifetimes(
 
 
 def _padded(blocks: Sequence[NDArray[Any]], is_filled: Flags, fills: Sequence[float]) -> NDArray[Any]:
-    """Blocks (fields, values), one after the other, as an array (fields, rows, columns).
+    """Join blocks (fields, values), and lay their values out in an array (fields, rows, columns).
 
     Parameters
     ----------
     is_filled
         (rows, columns): where the values go, row by row.
     fills
-        What there is elsewhere, for each field.
+        Value of each field elsewhere.
     """
     kind = np.result_type(*fills)
     padded = np.empty((len(fills), *is_filled.shape), kind)

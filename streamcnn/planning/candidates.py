@@ -26,13 +26,14 @@ from streamcnn.planning.tiling import Outline, TileCounts, TiledStage, grid, mos
 TILE_EDGES = (16384, 8192, 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32)
 """Tile edges that are tried, in input pixels."""
 FINE_BYTES = 2**22
-"""No smaller tiles are tried once a step takes no more than this beside what the backend takes: that would
-save nothing."""
+"""Once a step takes no more than this beside the backend's bytes, no smaller tiles are tried: they would save
+nothing."""
 
 FEW_BANDS = (2, 3)
-"""Numbers of bands that are tried in any case; others are the numbers of square tiles."""
+"""Numbers of bands that are tried in any case; further ones equal the numbers of square tiles."""
 LEAST_ROWS = 256
-"""Input pixels: where bands would be lower, square tiles are tried beside them, since halos cost more."""
+"""Input pixels: if bands would be lower than this, square tiles are tried too, since low bands' halos cost
+more."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,11 +47,11 @@ class TilingCandidate:
     backward: int
     """Bytes of a backward step; 0 if there is none."""
     reusable: int
-    """Bytes of the larger one in blocks that may be kept for reuse when they are freed."""
+    """Bytes of a step in blocks that may be kept for reuse when they are freed, in the worse direction."""
     moved: Mapping[str, MapTraffic]
-    """What all tiles move of each stored input; of the maps that they store, only the transfers."""
+    """Traffic of all tiles with each stored input; of the maps that they store, only the transfers."""
     on_the_way: Mapping[str, OnTheWay]
-    """What is on the way of each map while a tile is computed, if moving tiles overlaps with that."""
+    """Bytes of each map on the way while a tile is computed, if moving tiles overlaps with computing."""
 
     @property
     def nbytes(self) -> int:
@@ -59,7 +60,7 @@ class TilingCandidate:
 
 
 class TilingCandidates:
-    """All ways to tile the stages of a program, worked out once each."""
+    """All ways to tile the stages of a program, each computed once."""
 
     def __init__(
         self,
@@ -90,12 +91,12 @@ class TilingCandidates:
         return found
 
     def _is_same(self, outline: Outline) -> bool:
-        """Whether another program's outline of this stage holds here: whether the nodes are the same."""
+        """Whether another program's outline of this stage holds here, because its nodes are the same."""
         names = (*outline.stage.nodes, *outline.stage.inputs)
         return all(outline.program.nodes[name] is self.program.nodes[name] for name in names)
 
     def _all(self, outline: Outline) -> Iterator[TilingCandidate]:
-        # What the backend takes is the same for smaller tiles.
+        # The backend's bytes are the same for smaller tiles.
         fine = FINE_BYTES + total_bytes(overhead_terms(outline, self.backend, backward=self._visits(outline)))
         grids = list(dict.fromkeys(self._grids(outline)))
         for index, tiled in enumerate(tile_stage(outline, *grids), start=1):
@@ -107,10 +108,10 @@ class TilingCandidates:
                 return
 
     def _grids(self, outline: Outline) -> Iterator[TileCounts]:
-        """Grids of square tiles, each after the same number of bands of full rows; or the bands alone.
+        """Grids of square tiles, each preceded by as many bands of full rows; or the bands alone.
 
-        Reading and writing a band moves few long runs of memory. There are no bands where an image is read:
-        images are stored in chunks, which bands would read more than once.
+        Reading and writing a band moves few long runs of memory. A stage that reads an image gets no bands,
+        since images are stored in chunks, which bands would read more than once.
         """
         has_bands = self._tile is None and not set(self.program.images).intersection(outline.stage.inputs)
         most_bands = most_parts(outline)[0] if has_bands else 1

@@ -1,4 +1,4 @@
-"""Which candidate each stage takes, given where maps are: the fastest ones that fit together."""
+"""Choose each stage's tiling candidate, given where maps are stored: the fastest that fit together."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from streamcnn.plan.level_bytes import Ints
 from streamcnn.planning.candidate_scores import CandidateScores
 
 _ROUNDS = 16
-"""How often the room is tightened at most."""
+"""The most times that the room is tightened."""
 _KEPT_ROUNDS = 4
-"""How often candidates are chosen again, given what the backend keeps of the last choice, at most."""
+"""The most times that candidates are chosen, each time given what the backend keeps of the last choice."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which candidate each stage takes, and the time and bytes of that."""
+    """The candidate of each stage, and the time and bytes of all of them."""
 
     indices: tuple[int, ...]
     seconds: float
@@ -27,17 +27,17 @@ class Choice:
 
     @property
     def rank(self) -> tuple[bool, float]:
-        """Smaller is better."""
+        """Sort key, smaller is better: choices that fit by time, others by bytes."""
         return not self.fits, self.seconds if self.fits else self.nbytes
 
 
 def choose(scores: CandidateScores, limit: int, budget: int | None) -> Choice:
-    """For each stage the fastest candidate that fits, with at most ``limit`` reusable bytes in a step.
+    """Choose each stage's fastest candidate that fits, with at most ``limit`` reusable bytes in a step.
 
-    What the backend keeps depends on all choices together, so they may take more than the budget. Then they
-    are made again with room for a little less than the last ones took, until that stops falling. If they
-    still do not fit, this starts over from the smallest candidates. The outcome then does not depend on the
-    budget, so the budget that an error names as enough is enough.
+    What the backend keeps depends on all stages' candidates together, so these may exceed the budget. If they
+    do, the choice is repeated with a limit just below its bytes, until they stop falling. If it still does
+    not fit, this starts over from the smallest candidates. The result then does not depend on the budget, so
+    the budget that an error names as enough is enough.
     """
     allowed = math.inf if budget is None else budget
     choice = _tightened(scores, limit, room=allowed, allowed=allowed)
@@ -47,9 +47,9 @@ def choose(scores: CandidateScores, limit: int, budget: int | None) -> Choice:
 
 
 def _tightened(scores: CandidateScores, limit: int, *, room: float, allowed: float) -> Choice:
-    """The first choice that fits ``allowed``: for ``room``, then for less than the last choice took.
+    """The first choice that fits ``allowed``, made for ``room``, then for less than the last choice took.
 
-    If none fits, the smallest.
+    If none fits, the smallest is returned.
     """
     best = _choose_once(scores, limit, room, allowed)
     for _ in range(_ROUNDS):
@@ -63,7 +63,7 @@ def _tightened(scores: CandidateScores, limit: int, *, room: float, allowed: flo
 
 
 def _choose_once(scores: CandidateScores, limit: int, room: float, allowed: float) -> Choice:
-    """For each stage the fastest candidate that fits ``room``, given what the backend keeps of them all."""
+    """Choose each stage's fastest candidate that fits ``room``, given what the backend keeps of them all."""
     found, choice = scores.pass_bytes(None, limit), None
     for _ in range(_KEPT_ROUNDS):
         before, choice = choice, _fastest(scores, scores.peaks(found), limit, room)

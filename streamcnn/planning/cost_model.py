@@ -24,13 +24,13 @@ from streamcnn.planning.tiling import TiledStage
 BACKWARD_WORK = 2
 """Arithmetic of an operator's backward pass over its forward pass: one product per operand."""
 PARAMETER_PASSES = 6
-"""How often a tile's gradients of parameters are read or written: they are zeroed and computed in the
-kernels' layout, converted to the parameters' own, and added to those of earlier tiles."""
+"""How often a tile's parameter gradients are read or written: they are zeroed and computed in the kernels'
+layout, converted to the parameters' own, and added to those of earlier tiles."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What an operator does to a whole map, forward."""
+    """The work of an operator's forward pass on a whole map."""
 
     flops: int
     """Floating-point operations."""
@@ -43,10 +43,10 @@ class Work:
     num_positions: int
     """Spatial positions of the result."""
     is_fused: bool = False
-    """Whether it is done in the same pass over the map as the operator before it."""
+    """Whether a kernel does it in the same pass over the map as the operator before it."""
 
     def seconds(self, hardware: HardwareProfile) -> float:
-        """Projected time, without taking new memory from the operating system."""
+        """Projected time, without that of taking new memory from the operating system."""
         rate = hardware.grouped_flops if self.grouped else hardware.dense_flops
         return self.flops / rate + self.nbytes / hardware.memory_bytes
 
@@ -86,7 +86,7 @@ def resident_time(
 ) -> StageTime:
     """Time of all operators that run on whole maps in any plan, forward and backward.
 
-    ``keeps_blocks`` is as for `plain_time`.
+    ``keeps_blocks`` means the same as for `plain_time`.
     """
     nodes = on_whole_maps(program)
     works = {node.name: resident_work(program, node) for node in nodes if not node.view_of}
@@ -102,9 +102,9 @@ class StageTime:
     """Projected seconds and operations of all tiles of a stage, forward and backward together."""
 
     seconds: float
-    """Where freed blocks are reused; stores left out."""
+    """Time where freed blocks are reused, without that of stores."""
     fresh_seconds: float
-    """What is added if all memory comes fresh from the operating system."""
+    """Time to add if all memory comes fresh from the operating system."""
     flops: int
 
     def __add__(self, other: StageTime) -> StageTime:
@@ -121,7 +121,7 @@ def stage_time(
     *,
     backward: bool,
 ) -> StageTime:
-    """Time of a stage; ``backward`` adds its backward pass, which runs all but skipped operators again."""
+    """Time of a stage. ``backward`` adds its backward pass, which runs all but skipped operators again."""
     seconds = launches = fresh = flops = 0.0
     skipped, num_tiles = frozenset(tiled.outline.skipped), tiled.num_tiles
     for name in tiled.stage.nodes:
@@ -150,13 +150,13 @@ def _together(seconds: float, launches: float, backend: Backend) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What a pass moves to and from one store."""
+    """Traffic of a pass to and from one store."""
 
     read: int
-    """Bytes; so is the next."""
+    """Bytes read."""
     written: int
     transfers: int = 0
-    """Regions that are read, written or added."""
+    """Number of regions that are read, written or added."""
 
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(self.read + other.read, self.written + other.written, self.transfers + other.transfers)
@@ -172,12 +172,12 @@ class Traffic:
 
 NO_TRAFFIC = Traffic(0, 0)
 Tiers = tuple[Tier, Tier]
-"""Where a map lives, and where its gradient map does."""
+"""The tier of a map, and the tier of its gradient map."""
 
 
 @dataclass(frozen=True, slots=True)
 class MapTraffic:
-    """What a pass moves of one map."""
+    """Traffic of a pass with one map and its gradient map."""
 
     values: Traffic = NO_TRAFFIC
     gradient: Traffic = NO_TRAFFIC
@@ -191,14 +191,14 @@ class MapTraffic:
 
 
 def tile_traffic(tiled: TiledStage, *, backward: bool) -> dict[str, MapTraffic]:
-    """What the tiles of a stage move of each stored input; of maps that they store, only the transfers."""
+    """Traffic of a stage's tiles with each stored input; of maps that they store, only the transfers."""
     found, num_tiles = {}, tiled.num_tiles
     for name in tiled.stage.inputs:
         node = tiled.program.nodes[name]
         if node.kind is Kind.LOCAL:
             regions = tiled.covered(name) * (node.nbytes // math.prod(node.size))
             once = Traffic(regions, 0, num_tiles)
-            # In the backward pass it is read again, and its gradient added to what is there.
+            # The backward pass reads the map again, and adds to its gradient map.
             found[name] = (
                 MapTraffic(once + once, Traffic(regions, regions, num_tiles))
                 if backward
@@ -212,7 +212,7 @@ def tile_traffic(tiled: TiledStage, *, backward: bool) -> dict[str, MapTraffic]:
 
 
 def output_traffic(program: Program, stage: Stage, *, backward: bool) -> dict[str, MapTraffic]:
-    """What a stage moves of each map that it stores, whatever its tiles; transfers are left out."""
+    """Bytes that a stage moves of each map that it stores, whatever its tiles; transfers are left out."""
     found = {}
     for name, times_read in _times_read(program, stage, backward=backward).items():
         nbytes = program.nodes[name].nbytes
@@ -230,9 +230,9 @@ class _TimesRead(NamedTuple):
 
 
 def _times_read(program: Program, stage: Stage, *, backward: bool) -> dict[str, _TimesRead]:
-    """How often the stage itself reads from the stores of a map that it writes.
+    """How often a stage reads each map that it writes, and that map's gradient.
 
-    In the backward pass its gradient, and its values once more where a reduction looks at them.
+    The backward pass reads the gradient, and the values once more where a reduction needs them.
     """
     reduced = {program.nodes[name].operands[0] for name in stage.reductions}
     return {name: _TimesRead(int(backward and name in reduced), int(backward)) for name in stage.stored}
@@ -246,7 +246,7 @@ def plain_time(
     backward: bool,
     keeps_blocks: bool,
 ) -> StageTime:
-    """Time of operators on whole maps, as in plain PyTorch: each once forward and once backward.
+    """Time of operators on whole maps, each run once forward and, if ``backward``, once backward.
 
     Unless ``keeps_blocks``, large results take fresh memory from the operating system, as in plain PyTorch.
     """
@@ -267,7 +267,7 @@ def all_works(program: Program) -> dict[str, Work]:
 
 
 def works_on_tiles(program: Program, works: Mapping[str, Work], backend: Backend) -> Mapping[str, Work]:
-    """The work of every local operator on tiles, where the backend fuses some with the one before."""
+    """The work of every local operator on tiles, where the backend may fuse it with the one before."""
     if not backend.fuses_norms:
         return works
     nodes = program.nodes

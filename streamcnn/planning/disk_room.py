@@ -1,4 +1,4 @@
-"""What is computed again where the disk has no room for all maps that memory has no room for."""
+"""Choose maps to compute again where neither memory nor the disk has room for them."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 _COMPUTED_AGAIN = (Policy.DROP, Policy.RECOMPUTE)
 _AWAY_FROM_DISK = (*_COMPUTED_AGAIN, Policy.KEEP, Policy.OFFLOAD_VALUES)
 _DEAR = 1.5
-"""How many times as long as before a pass may take before another way is tried."""
+"""The ratio to its former time beyond which a pass is slow, so that another way is tried."""
 
 
 def beyond(on_disk: Ints, room: int) -> int:
-    """Bytes on disk beyond ``room``, added up over all phases.
+    """Bytes on disk beyond ``room``, summed over all phases.
 
-    The most at one time says too little: of several phases with as much, each has to be dealt with.
+    The maximum would say too little: if several phases have it, each must be reduced.
     """
     return int((on_disk - room).clip(0).sum())
 
 
 def within_disk(search: Search, found: Solution) -> Solution:
-    """``found`` with fewer maps on disk, until those that are left have room there or none can go.
+    """Take maps off the disk until the rest have room there, or no more can go.
 
     At first maps are only computed again. If there is still too little room, or the pass becomes slow, maps
-    may be kept in memory too, which then may have no room for tiles that compute maps again from further
-    back. If that fails as well, both are tried as if the disk had no room at all: maps then leave it in
+    may be kept in memory too; memory then may have no room for tiles that compute maps again from further
+    back. If this fails too, both are tried as if the disk had no room at all, so that maps leave it in
     another order.
     """
     best, rooms = found, () if search.room_on_disk is None else (search.room_on_disk, 0)
@@ -47,9 +47,9 @@ def within_disk(search: Search, found: Solution) -> Solution:
 
 
 def _with_less_on_disk(search: Search, found: Solution, room: int, policies: Iterable[Policy]) -> Solution:
-    """``found`` with other policies for some maps, first for those that free the most bytes for their time.
+    """Change the policies of some maps, first of those that free the most bytes for their time.
 
-    What a map frees is worked out again when its turn comes: mostly it is less once others are gone.
+    The bytes that a map frees are computed again when its turn comes: mostly fewer once other maps are gone.
     """
     looked: dict[str, tuple[Solution, Solution | None]] = {}
     before = None
@@ -72,13 +72,13 @@ def _with_less_on_disk(search: Search, found: Solution, room: int, policies: Ite
 def _cheapest(
     search: Search, found: Solution, name: str, room: int, policies: Iterable[Policy]
 ) -> tuple[float, Solution | None]:
-    """``found`` with whichever policy for ``name`` frees bytes fastest, and seconds for each byte."""
+    """The cheapest policy for ``name`` that frees bytes: seconds per byte, and the solution with it."""
 
     def price(less: Solution) -> float:
         freed = beyond(found.on_disk, room) - beyond(less.on_disk, room)
         return (less.seconds - found.seconds) / freed if less.fits and freed > 0 else math.inf
 
-    # What is kept in memory frees nothing by itself.
+    # A map that is kept in memory frees no bytes on disk by itself.
     is_kept = found.tiers.get(name) == (Tier.MEMORY, Tier.MEMORY)
     moved = () if is_kept else search.moved(found, (name,), thorough=True, policies=policies)
     ways = ((price(each), each) for each in chain(moved, _computed_from_further_back(search, found, name)))
@@ -87,9 +87,9 @@ def _cheapest(
 
 
 def _computed_from_further_back(search: Search, found: Solution, name: str) -> Iterator[Solution]:
-    """``found`` with ``name`` recomputed, and what it is computed from recomputed as well, or offloaded.
+    """``found`` with ``name`` recomputed, and the maps it is computed from recomputed too, or offloaded.
 
-    That is needed for longer then, and memory may have no room for it that long.
+    Those maps are then needed for longer, and memory may have no room for them that long.
     """
     stage = next((each for each in found.staging.stages if name in each.stored), None)
     if stage is None or name in search.whole:

@@ -1,4 +1,4 @@
-"""From the best attempt to the frozen plan: its phases, its stores, and what is projected of it."""
+"""Turn the best attempt into the frozen plan: its phases, its stores, and its projections."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def frozen_plan(
     untailed
         The ways to tile the program without a tail.
     plain_bytes
-        What all of the program takes on whole maps.
+        Bytes that the whole program takes on whole maps.
     """
     solution, program = best.solution, best.search.program
     staging, stores = solution.staging, _with_tiles(solution)
@@ -67,7 +67,7 @@ def frozen_plan(
         overlapped=parts,
         image_held_bytes=spec.reading.held,
         image_read_bytes=_image_read_bytes(program, spec, solution),
-        # In the tail nothing streams, so only the program without one has the reasons.
+        # Nothing streams in the tail, so only the program without a tail has the reasons.
         residents=tuple(f"{node.note} ({node.source})" for node in untailed.program.residents),
     )
 
@@ -97,7 +97,7 @@ def _all_tiled(solution: Solution) -> tuple[TiledStage, ...]:
 
 
 def _with_tiles(solution: Solution) -> dict[str, StorePlan]:
-    """The solution's stores with the fewest rows and columns by which a phase writes or reads each."""
+    """The solution's stores, each with the fewest rows and columns that a phase writes or reads at once."""
     tiles: dict[str, list[tuple[int, int]]] = {name: [] for name in solution.stores}
     for tiled in _all_tiled(solution):
         for name in tiled.stage.stored:
@@ -111,7 +111,7 @@ def _with_tiles(solution: Solution) -> dict[str, StorePlan]:
 
 
 def _tile(program: Program, spec: PassSpec, solution: Solution) -> tuple[int, int]:
-    """Largest edge (h, w) of a tile in input pixels: as asked for, or as the first phase has it."""
+    """Largest extents (h, w) of a tile in input pixels: those asked for, or else the first phase's."""
     height, width = program.nodes[program.image].size
     if spec.tile is not None:
         return min(spec.tile[0], height), min(spec.tile[1], width)
@@ -122,7 +122,7 @@ def _tile(program: Program, spec: PassSpec, solution: Solution) -> tuple[int, in
 
 
 def _num_last(program: Program, staging: Staging) -> int:
-    """Operators on whole maps that run after the last tile: the resident tail."""
+    """Number of operators in the resident tail, which run on whole maps after the last tile."""
     last = max(staging.levels.values(), default=0)
     return sum(staging.levels[node.name] == last for node in on_whole_maps(program))
 
@@ -133,7 +133,7 @@ def _num_last(program: Program, staging: Staging) -> int:
 def _peak_points(
     best: Attempt, stores: dict[str, StorePlan], spec: PassSpec, machine: Machine
 ) -> tuple[list[PeakPoint], frozenset[PassPart]]:
-    """All peak points, and the parts of the pass in which tiles are moved while others are computed."""
+    """All peak points, and the parts of the pass that move tiles while they compute others."""
     solution = best.solution
     tiled, again = solution.tiled, solution.rematerialised
     points_with = partial(
@@ -150,7 +150,7 @@ def _peak_points(
 
 
 def _times_on_whole_maps(untailed: TilingCandidates, *, training: bool) -> tuple[StageTime, StageTime]:
-    """Times of plain PyTorch on the whole image, and of what runs on whole maps in any plan."""
+    """Times of plain PyTorch on the whole image, and of the operators on whole maps in any plan."""
     on = untailed.hardware, untailed.backend
     resident = partial(resident_time, untailed.program, untailed.differentiated, *on)
     plain = plain_time(untailed.works, *on, backward=training, keeps_blocks=False)
@@ -158,7 +158,7 @@ def _times_on_whole_maps(untailed: TilingCandidates, *, training: bool) -> tuple
 
 
 def _kept_bytes(spec: PassSpec, machine: Machine, points: Sequence[PeakPoint]) -> dict[PassPart, int]:
-    """Bytes that tensors and free blocks may take together: all but what is no large tensor in that part."""
+    """By part: the budget less bytes beside large tensors, which these and free blocks may take together."""
     backend = machine.backend
     others = backend.beside_tensors | OF_IMAGES | {RUN_TIME, backend.fragmentation}
     room = spec.budget
@@ -168,7 +168,7 @@ def _kept_bytes(spec: PassSpec, machine: Machine, points: Sequence[PeakPoint]) -
 
 
 def _reserved(machine: Machine) -> tuple[MemoryTerm, ...]:
-    """The term of what the device holds already, if that counts."""
+    """The term of bytes that the device holds already, if these count."""
     if not machine.reserved:
         return ()
     return (MemoryTerm("reserved (context, libraries, weights, optimiser)", machine.reserved),)
@@ -183,7 +183,7 @@ def _image_read_bytes(program: Program, spec: PassSpec, solution: Solution) -> i
 
 
 def _named(program: Program, operator: str) -> str:
-    """An operator with where it comes from."""
+    """An operator with its place in the user's model."""
     if not operator:
         return "the model"
     if operator == program.image:

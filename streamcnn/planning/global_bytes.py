@@ -1,4 +1,4 @@
-"""Projected bytes of what is not cut into tiles: global values and the resident tail."""
+"""Projected bytes of values that are not tiled: global values and the resident tail."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from streamcnn.planning.resident_bytes import ResidentBytes
 from streamcnn.planning.staging import Staging
 
 RUN_TIME = "reserved for the run time"
-"""Name of the term for what the first pass takes beside tensors, such as library code."""
+"""Name of the term for bytes that the first pass takes beside tensors, such as library code."""
 LOSS_COPIES = 3
-"""Copies of the model's outputs that the user holds in backward: they, a value of the loss, a gradient."""
+"""Tensors as large as the outputs that the user holds in backward: they, a value of the loss, a gradient."""
 
 
 class GlobalBytes:
@@ -38,7 +38,7 @@ class GlobalBytes:
         self.last = max(staging.segments, default=0)
         """The level of the resident tail."""
         self.num_kernels = _num_kernels(program, staging, max((self.last, *staging.levels.values())) + 1)
-        """By level: different convolutions among its global values."""
+        """By level: number of convolutions among its global values."""
         readers = _readers_elsewhere(program, staging.levels)
         asked = {*readers, *program.output_names, *program.updates.values()}
         by_level = {
@@ -49,33 +49,33 @@ class GlobalBytes:
         for level, each in by_level.items():
             staying[level] = each.staying
         self.held = self._held(program, staging, staying, self._arriving(program, staging, readers))
-        """What of this is held beside the steps of a pass."""
+        """Bytes held beside the steps of a pass."""
         self.opening = LevelBytes.of(1, *self._always(1), (OPENING, np.array([reading.opening])))
-        """While images that are decoded whole are read for the first time, before anything else: its only
-        level."""
+        """Bytes while images that are decoded whole are read for the first time, before anything else; it has
+        one level."""
         self.steps = {level: each.step() for level, each in by_level.items()}
-        """By level: what working out its global values and differentiating them takes beyond those before;
-        the last of them is the resident tail's."""
+        """By level: bytes of computing and differentiating its global values, beyond those of earlier levels;
+        the last is the resident tail's."""
         self.reusable = max((step.reusable for step in self.steps.values()), default=0)
-        """The most bytes of any of these in blocks that may be kept for reuse."""
+        """The most bytes of any step in blocks that may be kept for reuse."""
         self.step_levels, self.step_bytes = (
             np.array(each, np.int64)
             for each in zip(*((level, step.nbytes) for level, step in self.steps.items()), strict=True)
         )
 
     def kept(self, num_kernels: Ints) -> HeldBytes:
-        """What the backend keeps, given the number of different convolutions in each level's phase."""
+        """Bytes that the backend keeps, given the number of different convolutions in each level's phase."""
         return self.backend.kept(self.num_kernels + num_kernels, training=bool(self.differentiated))
 
     def _held(self, program: Program, staging: Staging, staying: Ints, arriving: Ints) -> HeldBytes:
-        """What is held beside steps.
+        """Bytes held beside steps.
 
         Parameters
         ----------
         staying
-            By level: bytes of its global values that are there until they are differentiated.
+            By level: bytes of its global values that are held until they are differentiated.
         arriving
-            By level: bytes of the gradients that come to these.
+            By level: bytes of the gradients that arrive at its global values.
         """
         num_levels = len(self.num_kernels)
         always = LevelBytes.of(num_levels, *self._always(num_levels))
@@ -107,10 +107,10 @@ class GlobalBytes:
         return arriving
 
     def _gradient_maps(self, program: Program, staging: Staging) -> tuple[LevelBytes, LevelBytes]:
-        """Gradients of the image and of promoted values, which are always in memory.
+        """Bytes of gradients of the image and of promoted values, which are always in memory.
 
-        The first result is what they take while phases run backward, the second while global values are
-        differentiated: each gradient map is copied out of its store there.
+        The first result is for while phases run backward. The second is for while global values are
+        differentiated, when each gradient map is copied out of its store.
         """
         num_levels, nodes = len(self.num_kernels), program.nodes
         flowing, taken = np.zeros(num_levels, np.int64), np.zeros(num_levels, np.int64)
@@ -131,7 +131,7 @@ class GlobalBytes:
         )
 
     def _whole_image(self, program: Program, levels: Mapping[str, int]) -> Ints:
-        """By level: bytes of reading an image as a whole, where an operator on whole maps does so."""
+        """By level: bytes of reading an image as a whole, for operators on whole maps."""
         nbytes = np.zeros(len(self.num_kernels), np.int64)
         for node in program.nodes.values():
             if node.kind is Kind.GATHER and (read := node.operands[0]) in program.images:
@@ -141,7 +141,7 @@ class GlobalBytes:
 
 
 def _num_kernels(program: Program, staging: Staging, num_levels: int) -> Ints:
-    """By level: different convolutions among its global values."""
+    """By level: number of convolutions among its global values."""
     found = np.zeros(num_levels, np.int64)
     for level, names in staging.segments.items():
         routines = (cost_of(program.nodes[name].target).routine for name in names)
@@ -150,7 +150,7 @@ def _num_kernels(program: Program, staging: Staging, num_levels: int) -> Ints:
 
 
 def with_gradient_maps(program: Program, differentiated: Collection[str]) -> frozenset[str]:
-    """The image and the values promoted to maps, those of them that have gradients."""
+    """The image and the values promoted to maps, as far as they have gradients."""
     promoted = (node.name for node in program.nodes.values() if node.kind is Kind.PROMOTED)
     return frozenset((program.image, *promoted)).intersection(differentiated)
 
@@ -166,7 +166,7 @@ def last_readers(program: Program, staging: Staging, names: Collection[str]) -> 
 
 
 def _readers_elsewhere(program: Program, levels: Mapping[str, int]) -> dict[str, set[Kind]]:
-    """By global value that maps or other segments read: the kinds of these readers."""
+    """Global values that maps or other segments read, each with the kinds of these readers."""
     nodes, found = program.nodes, dict[str, set[Kind]]()
     for node in nodes.values():
         for name in node.operands:
@@ -179,7 +179,7 @@ def _readers_elsewhere(program: Program, levels: Mapping[str, int]) -> dict[str,
 def _states_by_level(
     program: Program, levels: Mapping[str, int], differentiated: Collection[str], num_levels: int
 ) -> Ints:
-    """Bytes of parameters by the level of their last reader, which first gives them a gradient."""
+    """Bytes of parameter gradients, by the level of a parameter's last reader, which first gives it one."""
     last: dict[str, int] = {}
     for node in program.nodes.values():
         for name in node.operands:

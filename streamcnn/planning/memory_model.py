@@ -1,8 +1,8 @@
-"""Projected bytes of a pass: what carrying out a plan takes at every point of it, as sums of named terms.
+"""Projected bytes at every point of a pass, as sums of named terms.
 
-All figures are bytes above the baseline of a loaded model. What lives across steps (stored maps, gradients,
-global values) is added to the step that runs, which is projected for the stage's largest tile; a plan's
-projection is that of its worst point.
+All figures are bytes above the baseline of a loaded model. At each point, the bytes that live across steps
+(stored maps, gradients, global values) are added to those of the step, which is projected for the stage's
+largest tile. A plan's projection is that of its worst point.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from streamcnn.planning.step_bytes import StepBytes, steps, total_bytes
 from streamcnn.planning.tiling import TiledStage
 
 NO_STEP = StepBytes((), "", 0)
-"""Where no operator runs."""
+"""The step of a point at which no operator runs."""
 ON_THE_WAY = "tiles on the way"
 """The name of the term for tiles that are moved while another one is computed."""
 
@@ -39,7 +39,7 @@ class PeakPoint:
     name: str
     part: PassPart
     operator: str
-    """The operator at which most is held."""
+    """The operator at which most memory is held."""
     terms: tuple[MemoryTerm, ...]
     reading: int
     """Bytes that reading a region of an image takes beside tensors, at this or another moment of the step."""
@@ -59,7 +59,7 @@ class PeakPoint:
 class PassBytes:
     """Projected bytes at any point of a pass: as numbers for the search, and term by term for the plan.
 
-    Both add up what is held beside steps at the point's level, the step itself, and what the allocator loses.
+    Both add the bytes held beside steps at the point's level, the step's, and those that the allocator loses.
     """
 
     backend: Backend
@@ -81,9 +81,9 @@ class PassBytes:
         Parameters
         ----------
         others
-            What is held beside steps, without what the backend keeps.
+            Bytes held beside steps, without those that the backend keeps.
         num_kernels
-            By level: different convolutions of its phase.
+            By level: number of different convolutions of its phase.
         reusable
             The most bytes of a step in blocks that are kept for reuse; None if they are given back.
         """
@@ -94,11 +94,11 @@ class PassBytes:
         return cls(backend, global_bytes.kept(num_kernels) + others, holes)
 
     def lost(self, nbytes: Bytes) -> Bytes | int:
-        """What the allocator loses while a step of ``nbytes`` runs."""
+        """Bytes that the allocator loses while a step of ``nbytes`` runs."""
         return self.backend.returning.of_step(nbytes) if self.holes is None else self.holes
 
     def at(self, held: LevelBytes, levels: Ints | int, steps: Bytes) -> Ints:
-        """The sums at ``levels`` with steps of ``steps`` bytes; the two are broadcast."""
+        """The sums at ``levels`` with steps of ``steps`` bytes; both arguments are broadcast."""
         sums: Ints = held.total[levels] + steps + self.lost(steps)
         return sums
 
@@ -110,7 +110,7 @@ class PassBytes:
     def segment_point(
         self, global_bytes: GlobalBytes, level: int, direction: str, held: LevelBytes
     ) -> PeakPoint:
-        """The point of the global values of a level, with the larger of their steps."""
+        """The point of the global values of a level, with their step in the worse direction."""
         name = "the resident tail" if level == global_bytes.last else f"global values of level {level}"
         part = (f"segment {direction}", level)
         return self.point(f"{name}, {direction}", part, held, level, global_bytes.steps[level])
@@ -127,16 +127,16 @@ def peak_points(
 ) -> list[PeakPoint]:
     """All peak points of a pass, in order.
 
-    They are the first read of images that are decoded whole, then every phase and the global values of every
-    level forward, of which the last are the resident tail, and the same backward for phases that are
-    differentiated.
+    These are the first read of images that are decoded whole; then, forward, every phase and the global
+    values of every level, the last of which are the resident tail; then the same backward, for differentiated
+    phases and values.
 
     Parameters
     ----------
     rematerialised
         Stages that are run again, each with the level before whose backward phase.
     moving
-        The parts in which tiles are moved while others are computed, with the bytes that takes.
+        The parts that move tiles while they compute others, with the bytes of the tiles that are moved.
     """
     phases = _PhaseSteps.of(tiled, rematerialised, global_bytes)
     num_kernels = np.zeros_like(global_bytes.num_kernels)
@@ -159,9 +159,9 @@ class _PhaseSteps:
 
     forward: dict[int, StepBytes] = field(default_factory=dict)
     backward: dict[int, StepBytes] = field(default_factory=dict)
-    """Only of those that are differentiated."""
+    """Only of phases that are differentiated."""
     again: dict[int, list[tuple[int, StepBytes]]] = field(default_factory=lambda: defaultdict(list))
-    """Of the stages that are run again before a level's backward phase, each with its own level."""
+    """By level: steps of the stages that run again before its backward phase, each with its own level."""
 
     @classmethod
     def of(
@@ -170,7 +170,7 @@ class _PhaseSteps:
         rematerialised: Sequence[tuple[int, TiledStage]],
         global_bytes: GlobalBytes,
     ) -> _PhaseSteps:
-        """The steps of a pass; parameters as of `peak_points`."""
+        """The steps of a pass; the parameters are those of `peak_points`."""
         found, given = cls(), (global_bytes.backend, global_bytes.reading)
         for stage in tiled:
             backward = is_differentiated(stage.stage, global_bytes.differentiated)
@@ -185,7 +185,7 @@ class _PhaseSteps:
 
     @property
     def reusable(self) -> int:
-        """The most bytes of any of them in blocks that may be kept for reuse."""
+        """The most bytes of any step in blocks that may be kept for reuse."""
         again = (step for each in self.again.values() for _, step in each)
         every = (*self.forward.values(), *self.backward.values(), *again)
         return max((step.reusable for step in every), default=0)
@@ -205,7 +205,7 @@ class _Points:
         return sorted(self.phases.forward.keys() | self.global_bytes.steps)
 
     def first_read(self) -> Iterator[PeakPoint]:
-        """Images that are decoded whole, if there are any."""
+        """The first read of images that are decoded whole, if there are any."""
         if self.global_bytes.reading.opening:
             opening = self.global_bytes.opening
             yield self.found.point("the first read", ("read", 0), opening, 0, NO_STEP)
@@ -221,7 +221,7 @@ class _Points:
                 yield self.found.segment_point(self.global_bytes, level, "forward", held.forward)
 
     def backward(self) -> Iterator[PeakPoint]:
-        """The same in reverse, and what is rematerialised before each phase."""
+        """Global values and phases in reverse, each phase after the stages that rematerialise maps for it."""
         held = self.found.held
         for level in reversed(self._levels):
             if level in self.global_bytes.steps and self.global_bytes.differentiated:

@@ -1,7 +1,7 @@
-"""What moving tiles while others are computed takes: the next one's inputs, and the last one's results.
+"""Bytes of tiles that are moved while others are computed: the next tile's inputs, the last one's results.
 
-Bytes are those of a stage's largest tile, by map. The caller knows which maps are away from the device's
-memory.
+They are counted for a stage's largest tile, by map. A map is *away* if it lives outside the device's memory;
+the caller knows which maps are.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ class OnTheWay:
     """Bytes of one map that are moved for a tile."""
 
     forward: int = 0
-    """In the forward pass, if the map is away: read or written, and not counted in the step itself."""
+    """Read or written in the forward pass if the map is away; not counted in the step itself."""
     backward: int = 0
-    """In the backward pass, if the map is away: read."""
+    """Read in the backward pass if the map is away."""
     gradient: int = 0
-    """Of its gradient map, if that is away: read or added."""
+    """Read from or added to the gradient map if that is away."""
 
 
 def on_the_way(tiled: TiledStage) -> dict[str, OnTheWay]:
-    """For each map that the stage reads or stores; nothing if there is a single tile."""
+    """Bytes on the way of each map that the stage reads or stores; empty if there is a single tile."""
     if tiled.num_tiles == 1:
         return {}
     found = {}
@@ -40,7 +40,7 @@ def on_the_way(tiled: TiledStage) -> dict[str, OnTheWay]:
         found[name] = OnTheWay(nbytes, nbytes, readers * nbytes)
     for name in tiled.stage.stored:
         nbytes = tiled.largest_nbytes(name)
-        # What a tile gives before its last operator is held until that is computed, the last one's beside it.
+        # A result before the tile's last operator is held until that has run, beside the previous tile's.
         times = 1 if name == tiled.stage.nodes[-1] else 2
         found[name] = OnTheWay(times * nbytes, nbytes, nbytes)
     return found
@@ -56,7 +56,7 @@ def moved_beside(
     Parameters
     ----------
     tiled, rematerialised
-        Its stages, as `peak_points` has them.
+        Stages of the pass, as for `peak_points`.
     """
     away = {name for name, store in stores.items() if store.tier is not Tier.MEMORY}
     gradients = {name for name, store in stores.items() if store.gradient_tier is not Tier.MEMORY}
@@ -86,13 +86,13 @@ def overlapped(
     Parameters
     ----------
     points
-        The peak points of the pass without that.
+        The peak points of the pass without tiles on the way.
     room
         Bytes that any point may take; None if there is no ceiling.
     """
     if not backend.overlaps:
         return frozenset()
-    # What the allocator loses is rounded down for each step.
+    # The allocator's loss is rounded down for each step.
     taken = {part: nbytes + backend.returning.of_step(nbytes) + 1 for part, nbytes in moved.items()}
     parts = [point.part for point in points if point.part in moved]
     crowded = {

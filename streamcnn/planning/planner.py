@@ -1,10 +1,10 @@
-"""The planner: a frozen plan for one image shape under a budget.
+"""The planner, which makes a frozen plan for one image shape under a budget.
 
 For each of a few places where the resident tail may begin, the program is staged with more and with fewer
-split points, and the search picks tiles, stores and what to recompute. Of the plans that fit, the one with
-the least projected time is taken. If none fits, the one that comes closest is returned: it can be read, and
-running it is refused. No plan takes more than plain PyTorch, which is all of the program as a tail, unless
-tiles are asked for.
+split points, and the search picks tiles, stores and maps to recompute. Of the plans that fit, the planner
+takes the one with the least projected time. If none fits, it returns the one that comes closest, which can be
+read but not run. No plan takes more bytes than plain PyTorch, which is the whole program as a tail, unless a
+tile is asked for.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from streamcnn.planning.tails import can_be_whole, tails_to_try, whole_program
 
 
 def make_plan(retrace: Retrace, spec: PassSpec, machine: Machine) -> tuple[Program, Plan, str | None]:
-    """The best plan found, the program it is for, and the captured call that this one's tail begins with.
+    """Make a plan; return its program, the plan, and the captured call with which the tail begins, if any.
 
-    Check :attr:`Plan.fits` before running it.
+    Check :attr:`Plan.fits` before running the plan.
     """
     attempts = Attempts(retrace, spec, machine)
     untailed = attempts.tilings(None)
@@ -35,7 +35,7 @@ def make_plan(retrace: Retrace, spec: PassSpec, machine: Machine) -> tuple[Progr
 
 
 def _all_attempts(attempts: Attempts, untailed: TilingCandidates, plain: Attempt) -> list[Attempt]:
-    """Attempts without a tail and with several, none of which takes more than ``plain``, all as a tail."""
+    """Attempts without a tail and with several, none larger than ``plain``, the whole program as a tail."""
     spec = attempts.spec
     # Where a tile is asked for, there are tiles.
     may_be_plain = spec.tail and spec.tile is None
@@ -53,7 +53,7 @@ def _all_attempts(attempts: Attempts, untailed: TilingCandidates, plain: Attempt
 
 
 def _spare_bytes(attempts: Attempts, attempt: Attempt) -> int:
-    """What an attempt leaves of the budget for a tail; 0 where a tail is not to fill it."""
+    """Bytes of the budget that an attempt leaves for a tail; 0 where a tail is not to fill them."""
     room = attempts.room
     if room is None or attempts.spec.tile is not None or not attempt.solution.fits:
         return 0

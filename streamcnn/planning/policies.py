@@ -1,4 +1,4 @@
-"""What becomes of the maps that could be stored."""
+"""Policies for maps that could be stored: keep, offload, drop or recompute."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from enum import Enum
 
 
 class Policy(Enum):
-    """What becomes of a map that could be stored."""
+    """A policy for a map that could be stored."""
 
     KEEP = "keep"
     OFFLOAD_VALUES = "offload values"
-    """Offloaded without its gradient map, which lives for a few phases only."""
+    """Offloaded without its gradient map, which lives for only a few phases."""
     OFFLOAD = "offload"
     DROP = "drop"
     """Stored in the forward pass, and rematerialised in the backward pass."""
@@ -22,16 +22,16 @@ class Policy(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Policies:
-    """What becomes of the maps that a staging stores; those that are not named are kept."""
+    """Policies for the maps that a staging stores; maps not named are kept."""
 
     offloaded: frozenset[str] = frozenset()
     gradients: frozenset[str] = frozenset()
-    """Those of the offloaded maps whose gradient maps are offloaded too."""
+    """Offloaded maps whose gradient maps are offloaded too."""
     dropped: frozenset[str] = frozenset()
     recomputed: frozenset[str] = frozenset()
 
     def changed(self, policies: Mapping[str, Policy]) -> Policies:
-        """The same, with other policies for the maps that ``policies`` names."""
+        """A copy with new policies for the maps that ``policies`` names."""
 
         def named(before: frozenset[str], *chosen: Policy) -> frozenset[str]:
             return before.difference(policies).union(n for n, each in policies.items() if each in chosen)

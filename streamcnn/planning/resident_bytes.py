@@ -1,9 +1,9 @@
-"""Projected bytes of operators on whole values: what ordinary PyTorch holds while it runs them.
+"""Projected bytes of operators on whole values, which run as in plain PyTorch.
 
-Values live until their last reader has run, or longer if autograd has saved them, see
-:class:`~streamcnn.graph.costs.Saves`. Backward, what autograd has saved is freed bit by bit while the
-parameters' gradients appear, and a value's gradient lives from its last reader to the operator that made the
-value. Views and the elements of a tuple take no memory of their own.
+Values live until their last reader has run, or longer if autograd has saved them (see
+:class:`~streamcnn.graph.costs.Saves`). In the backward pass, saved values are freed one by one while the
+parameters' gradients appear. A value's gradient lives from the value's last reader to the operator that made
+the value. Views and the elements of a tuple take no memory of their own.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class ResidentBytes:
     Parameters
     ----------
     names
-        Global values, in the order in which they are worked out.
+        Global values, in the order in which they are computed.
     differentiated
         All nodes that a gradient passes through; none without a backward pass.
     asked
-        The values among these that are also read elsewhere, or are results: they stay.
+        Values that are also read elsewhere, or are results: they stay, as far as they are among ``names``.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class ResidentBytes:
         self.differentiated = frozenset(differentiated)
         self._places = {name: place for place, name in enumerate(names)}
         self._owners = {name: self._owner(name) for name in names}
-        """By value: the one whose memory it is in, which may have been made before these operators."""
+        """By value: the value that owns its memory, which may have been made before these operators."""
         self._last = dict(self._places)
         """By value: the place of the last operator that reads its memory."""
         self._saved: dict[str, int] = {}
-        """By value that autograd keeps: the place of the first operator whose backward pass needs it."""
+        """Values that autograd keeps, with the place of the first operator whose backward pass needs each."""
         for place, name in enumerate(names):
             operands = (self._owners[o] for o in program.nodes[name].operands if o in self._places)
             self._last.update(dict.fromkeys((*operands, self._owners[name]), place))
@@ -66,13 +66,13 @@ class ResidentBytes:
 
     @property
     def staying(self) -> int:
-        """Bytes that are held when all operators have run."""
+        """Bytes held when all operators have run."""
         # Results of reductions are needed again when the reductions are differentiated.
         reduced = {name for name in self.names if self.program.nodes[name].kind is Kind.REDUCTION}
         return sum(map(self._size, self._saved.keys() | self._asked | reduced)) + int(self._beside.sum())
 
     def step(self) -> StepBytes:
-        """The peak: the operator, forward or backward, at which most is held."""
+        """The peak: the operator, forward or backward, at which most memory is held."""
         inner = self._array({name: self._inner(name) for name in self.names})
         workspace = self._array({name: self._workspace(name) for name in self.names})
         backward_workspace = self._array({name: self._workspace(name, backward=True) for name in self.names})
@@ -118,13 +118,13 @@ class ResidentBytes:
         return name
 
     def _size(self, name: str) -> int:
-        """Bytes of a value's own memory if it is made here; those of a tuple are counted at its elements."""
+        """Bytes of a value's own memory if it is made here; a tuple's are counted for its elements."""
         node = self.program.nodes[name]
         is_tuple = node.kind is Kind.GLOBAL and isinstance(node.spec, tuple)
         return node.nbytes if self._owners.get(name) == name and not is_tuple else 0
 
     def _living(self, values: Iterable[str], staying: Collection[str]) -> Ints:
-        """By operator: bytes of ``values`` from where they are made to their last reader, or to the end."""
+        """By operator: bytes of ``values``, each from its own operator to its last reader, or to the end."""
         changes = np.zeros(len(self.names) + 1, np.int64)
         for name in self._places.keys() & values:
             nbytes = self._size(name)
@@ -168,7 +168,7 @@ class ResidentBytes:
         return beside(self._call(name)) if beside and name in self.differentiated else 0
 
     def _inner(self, name: str) -> int:
-        """Bytes of what a call computes beside its result and drops again."""
+        """Bytes of tensors that a call computes beside its result and drops again."""
         inner = cost_of(self.program.nodes[name].target).inner
         return inner(self._call(name)) if inner else 0
 
@@ -177,7 +177,7 @@ class ResidentBytes:
         return Operation.of(self.program, node, self.differentiated, fuses_attention=fuses_attention)
 
     def _workspace(self, name: str, *, backward: bool = False) -> int:
-        """Bytes that an operator takes besides, for parameters and for their gradients."""
+        """Bytes of an operator's workspace, for parameters and their gradients too."""
         node, nodes = self.program.nodes[name], self.program.nodes
         operands = (nodes[n] for n in node.operands)
         weights = sum(nodes[n].nbytes for n in node.operands if nodes[n].kind is Kind.STATE)
@@ -188,7 +188,7 @@ class ResidentBytes:
         return (self.backend.backward_workspace if backward else self.backend.workspace)(cost, nbytes)
 
     def _gradient_copies(self, name: str) -> int:
-        """Bytes of gradients beyond one of each value: an operator's is added to one that is there."""
+        """Bytes of gradients beyond one per value, such as one that is added to a gradient that is there."""
         if name not in self.differentiated:
             return 0
         node, nodes, place = self.program.nodes[name], self.program.nodes, self._places[name]
@@ -208,7 +208,7 @@ class ResidentBytes:
         return found + (max(0, node.nbytes - nodes[self._owners[name]].nbytes) if node.view_of else 0)
 
     def _state_bytes(self) -> dict[str, int]:
-        """Bytes of the parameters by the last operator that reads them, which first gives them a gradient."""
+        """Bytes of parameter gradients, by a parameter's last reader, which first gives it a gradient."""
         nodes = self.program.nodes
         last = {state: name for name in self.names for state in nodes[name].operands}
         found: dict[str, int] = {}

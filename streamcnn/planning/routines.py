@@ -1,4 +1,4 @@
-"""Numbers of convolutions and matrix products of different sizes: backends take memory for each."""
+"""Count convolutions and matrix products of different sizes, since backends take memory for each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from streamcnn.graph.program import Program
 
 
 def num_sizes(program: Program, names: Iterable[str], routine: Routine) -> int:
-    """How many sizes of operands and result the operators among ``names`` have that are of one routine."""
+    """The number of different sizes of operands and result among the operators ``names`` of one routine."""
     nodes = program.nodes
     return len(
         {

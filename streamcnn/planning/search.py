@@ -2,11 +2,11 @@
 
 A solution is a staging (which maps are stored, where stretches are split), the sets of stored maps that are
 offloaded and that are dropped between the two passes, and whether freed blocks are kept for reuse. Given
-these, phases are independent of each other: each takes the tiles with the least projected time among those
-whose steps fit into what the budget leaves at that point. What remains is a search over solutions. First the
-maps that are cheapest to offload are offloaded: as few as make the plan fit, or a few more. If the disk has
-no room for them, `within_disk` takes some off it. Then offloaded maps are brought back, dropped or recomputed
-instead, one by one, wherever that is faster; for long passes in several orders, of which the best is taken.
+these, phases are independent of each other: each takes the tiles with the least projected time whose steps
+fit into what the budget leaves at that point. The search is over solutions. It first offloads the maps that
+are cheapest to offload: as few as make the plan fit, or a few more. If the disk has no room for them,
+`within_disk` takes some off it. Then it keeps, drops or recomputes offloaded maps instead, one by one,
+wherever that is faster. For long passes it does so in several orders and takes the best result.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from streamcnn.support.recent import Recent
 SPILL_STEPS = (1.0, 1.15, 1.4, 2.0)
 """Multiples of the fewest offloaded maps that are tried: more of them leave room for larger tiles."""
 ROUNDS = 2
-"""How often all offloaded maps are tried again."""
+"""How often other policies are tried for all offloaded and dropped maps."""
 THOROUGH = 8
-"""Stored maps up to which every count of offloaded ones, and every pair of moves, is tried."""
+"""Up to this many stored maps, every number of offloaded maps and every pair of moves is tried."""
 _LONG = 10.0
 """Seconds that a pass must take for a faster plan to be worth some more seconds of planning."""
 _RECOMPUTED_BACKWARD = 4
@@ -49,7 +49,7 @@ _RECOMPUTED_BACKWARD = 4
 _NO_LIMIT = 2**62
 """More reusable bytes than any step has."""
 _TABLES = 16
-"""Tables that are kept, as the search goes back and forth between a staging and one with a map less."""
+"""Tables that are cached, as the search alternates between a staging and one with a stored map less."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,13 +57,13 @@ class Solution:
     """A complete choice with its projected time and bytes."""
 
     base: Staging
-    """The staging before maps were taken out of it."""
+    """The staging before ``policies`` changed which maps are stored."""
     policies: Policies
-    """What becomes of the maps that it stores."""
+    """Policies for the maps that ``base`` stores."""
     table: CandidateTable
-    """The candidates of the stages that are left."""
+    """The candidates of the stages of ``staging``."""
     tiers: Mapping[str, Tiers]
-    """Where each stored map lives, and its gradient map."""
+    """The tiers of each stored map and of its gradient map."""
     tilings: tuple[TilingCandidate, ...]
     """How each stage is tiled, those that rematerialise maps last."""
     reuses_blocks: bool
@@ -73,15 +73,15 @@ class Solution:
     seconds: float
     nbytes: int
     fits: bool
-    """Whether it fits the budget."""
+    """Whether the solution fits the budget."""
     on_disk: Ints
-    """Bytes on disk during each phase of both passes; nothing where there is room for any number."""
+    """Bytes on disk during each phase of both passes; empty where the disk's room is unlimited."""
     excess: int
-    """Those beyond the room that there is, see `beyond`."""
+    """Bytes on disk beyond its room; see `beyond`."""
 
     @property
     def staging(self) -> Staging:
-        """The staging after maps were taken out of it."""
+        """The staging after ``policies`` were applied."""
         return self.table.staging
 
     @property
@@ -96,7 +96,7 @@ class Solution:
 
     @property
     def rematerialised(self) -> tuple[tuple[int, TiledStage], ...]:
-        """The stages that rematerialise maps in tiles, each with the level before whose backward phase."""
+        """Tiled stages that rematerialise maps, each with the level before whose backward phase it runs."""
         tilings = self.tilings[len(self.staging.stages) :]
         return tuple(
             (each.before, tiling.tiled)
@@ -105,7 +105,7 @@ class Solution:
 
     @property
     def rank(self) -> tuple[bool, int, float, int]:
-        """Smaller is better: what fits by time, what does not by bytes."""
+        """Sort key, smaller is better: solutions that fit by time, others by bytes."""
         return not self.fits, self.excess, self.seconds if self.fits else self.nbytes, self.nbytes
 
 
@@ -124,7 +124,7 @@ class Search:
         self.room_on_disk = next((each.capacity for each in offload_tiers if each.tier is Tier.DISK), None)
         """Bytes that may be on disk at one time; None for any number."""
         self._ways = (False,) if tilings.backend.keeps_blocks else (True, False)
-        """What to try for whether freed blocks are kept for reuse."""
+        """Values to try for whether freed blocks are kept for reuse."""
         kinds = (Kind.GATHER, Kind.RESULT)
         self._gathers = [node for node in self.program.nodes.values() if node.kind in kinds]
         self._results = frozenset(self.program.results.values())
@@ -139,11 +139,11 @@ class Search:
         return min((c for staging in stagings for c in self._offloading(staging)), key=lambda c: c.rank)
 
     def improved(self, found: Solution) -> Solution:
-        """``found`` with maps kept elsewhere, dropped or recomputed, for room on disk and for speed.
+        """Change the policies of maps in ``found``, for room on disk and for speed.
 
-        Maps are looked at from the largest to the smallest, for long passes also along the network and
-        against it: what is best for a map depends on those before it, and each order ends elsewhere. Where
-        few maps can be stored, pairs of them are moved together too.
+        Maps are visited from the largest to the smallest, and for long passes also along the network and
+        against it: the best policy for a map depends on those chosen before, so each order gives another
+        result. Where few maps can be stored, pairs of them are changed together too.
         """
         if not found.fits:
             return found
@@ -156,7 +156,7 @@ class Search:
         return best
 
     def _moved_in_order(self, found: Solution, order: Callable[[str], Any]) -> Solution:
-        """``found`` with each map moved to where that is fastest, one after the other, again and again."""
+        """Give each map in turn the fastest policy, and repeat until nothing changes or rounds run out."""
         thorough = len(found.base.stored) <= THOROUGH
         # By move: the solution from which it was tried last. From the same one it finds nothing new.
         looked: dict[tuple[str, ...], Solution] = {}
@@ -182,7 +182,7 @@ class Search:
         thorough: bool,
         policies: Iterable[Policy] = Policy,
     ) -> Iterator[Solution]:
-        """``found`` with each of the policies for ``names``; unless ``thorough``, as far as that may pay."""
+        """``found`` with each of the policies for ``names``; unless ``thorough``, only those that may pay."""
         for chosen in product(policies, repeat=len(names)):
             moves = dict(zip(names, chosen, strict=True))
             changed = found.policies.changed(moves)
@@ -194,7 +194,7 @@ class Search:
                     yield self.solution(found.base, changed, reuses_blocks=reuses_blocks)
 
     def _is_possible(self, found: Solution, name: str, policy: Policy, thorough: bool) -> bool:
-        """Whether a map may have a policy and, unless the search is thorough, whether that may pay."""
+        """Whether a map may have a policy and, unless ``thorough``, whether that may save time."""
         match policy:
             case Policy.KEEP:
                 return True
@@ -210,7 +210,7 @@ class Search:
                 return name not in self.whole and (thorough or self._may_pay(found, name, once=False))
 
     def _may_pay(self, found: Solution, name: str, *, once: bool) -> bool:
-        """Whether computing a map again, ``once`` or in each reader, beats moving it; halos left out."""
+        """Whether computing a map again, ``once`` or per reader, is faster than moving it, halos aside."""
         nodes, hardware = self.program.nodes, self._hardware(found.tiers)
         pending, chain = [name], dict[str, None]()
         while pending:
@@ -231,7 +231,7 @@ class Search:
         return passes * recomputed < moved
 
     def _offloading(self, staging: Staging) -> Iterator[Solution]:
-        """Solutions of a staging with maps offloaded in the order of what that costs per byte."""
+        """Solutions of a staging that offload maps in the order of their cost per byte."""
         order = self._offload_order(staging)
         yield self.solution(staging, Policies(), reuses_blocks=True)
         for gradients in (True, False):
@@ -251,7 +251,7 @@ class Search:
             yield offload(count)
 
     def _offload_order(self, staging: Staging) -> list[str]:
-        """Stored maps, first those that free the most bytes for the time that moving them takes."""
+        """Stored maps, ordered by the time that moving them takes per byte freed."""
         moved, tier = self.table(staging).traffic(), self.offload_tiers[-1].tier
 
         def price(name: str) -> tuple[float, int, str]:
@@ -263,12 +263,12 @@ class Search:
         return sorted(staging.stored, key=price)
 
     def solution(self, base: Staging, policies: Policies, *, reuses_blocks: bool) -> Solution:
-        """The fastest tiles that fit, given what is stored where.
+        """The solution with the fastest tiles that fit, given the maps' policies.
 
         Parameters
         ----------
         policies
-            What becomes of the maps that ``base`` stores.
+            Policies for the maps that ``base`` stores.
         reuses_blocks
             Whether freed blocks may be kept for reuse, if that is a choice. They never are if maps are
             offloaded.
@@ -330,7 +330,7 @@ class Search:
         return self._stagings.get((base, recomputed, dropped), make)
 
     def table(self, staging: Staging) -> CandidateTable:
-        """The candidates of a staging's stages; the last ones asked for are kept."""
+        """The candidates of a staging's stages; the latest tables are cached."""
 
         def make() -> CandidateTable:
             stages = (*staging.stages, *(each.stage for each in staging.rematerialised))
@@ -345,10 +345,10 @@ class Search:
         return row
 
     def _tiers(self, staging: Staging, policies: Policies) -> dict[str, Tiers]:
-        """Where each stored map and its gradient map live: offloaded ones in the first tier that has room,
-        else in the last.
+        """The tiers of each stored map and its gradient map: offloaded maps go to the first tier with room,
+        else to the last.
 
-        Results are for the caller to read piece by piece, and take no memory.
+        Results stay on disk for the caller to read piece by piece, and take no memory.
         """
         tiers: dict[str, Tiers] = dict.fromkeys(staging.stored, (Tier.MEMORY, Tier.MEMORY))
         free = [each.capacity for each in self.offload_tiers]
@@ -364,7 +364,7 @@ class Search:
         return tiers
 
     def _hardware(self, tiers: Mapping[str, Tiers]) -> HardwareProfile:
-        """The rates if maps live in ``tiers``: RAM buffers a part of what is written to files."""
+        """The hardware's rates for these tiers, as RAM buffers part of what is written to files."""
         hardware = self.tilings.hardware
         nbytes = sum(each.count(Tier.DISK) * self.program.nodes[name].nbytes for name, each in tiers.items())
         buffered = min(nbytes, sum(each.buffered for each in self.offload_tiers))
@@ -375,7 +375,7 @@ class Search:
         return replace(hardware, write_bytes={**hardware.write_bytes, Tier.DISK: nbytes / seconds})
 
     def global_bytes(self, staging: Staging) -> GlobalBytes:
-        """What is not cut into tiles, computed once for a staging and all those that recompute more of it."""
+        """Bytes of values that are not tiled, cached for a staging and those that recompute more of it."""
         # Recomputing a map changes stages, not levels or segments.
         readers = last_readers(self.program, staging, self._with_gradient_maps)
         known = self._global_bytes
@@ -389,7 +389,7 @@ class Search:
 
 
 def _fewest(most: int, fits: Callable[[int], bool]) -> int:
-    """The smallest count up to ``most`` that fits, else ``most``; a larger count is taken to fit better."""
+    """The smallest count up to ``most`` that fits, else ``most``; larger counts are assumed to fit better."""
     if fits(0):
         return 0
     low, high = 0, most

@@ -1,4 +1,4 @@
-"""What the planner is asked for: the pass, and the machine that is to carry it out."""
+"""The planner's inputs: the pass that a plan is wanted for, and the machine that will run it."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ class PassSpec:
 
     image_shape: tuple[int, int, int, int]
     dtype: torch.dtype
-    """Of the image."""
+    """Element type of the image."""
     casts: torch.dtype | None
-    """What autocast casts to, if it is on."""
+    """Element type to which autocast casts, if it is on."""
     leaves: frozenset[str]
     """States and image whose gradients are wanted; empty for inference."""
     budget: int | None
-    """Bytes that the plan and what is reserved on the machine may take together; None for no ceiling."""
+    """Bytes that the plan and the machine's reserved bytes may take together; None for no ceiling."""
     tile: tuple[int, int] | None = None
-    """Tile edges in input pixels; None leaves them to the planner."""
+    """Extents (h, w) of a tile in input pixels; None leaves them to the planner."""
     target: int | None = None
-    """Bytes to plan for, where that is less than the budget."""
+    """Bytes to plan for instead of the budget; None for the budget."""
     tail: bool = True
     """Whether the last operators may run on whole maps, as a resident tail."""
     keeps_results: bool = False
     """Whether results that are maps stay in stores for the caller to read, and are not made whole."""
     reading: BatchCost = NO_READING
-    """What reading the batch takes of the memory that the budget limits."""
+    """Bytes that reading the batch takes of the memory that the budget limits."""
 
     @property
     def computed_in(self) -> torch.dtype:
@@ -53,20 +53,20 @@ class OffloadTier:
 
     tier: Tier
     capacity: int | None = None
-    """Bytes that it takes; None for any number. On disk these are what is there at one time."""
+    """Bytes that the tier has room for; None for any number. On disk these are the most at one time."""
     buffered: int = 0
-    """Bytes written to disk that the system buffers in RAM, so that nobody waits for the disk."""
+    """Bytes written to disk that the system buffers in RAM, so that no writer waits for the disk."""
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a plan is made for: equal machines have equal plans."""
+    """The machine that a plan is made for; equal machines have equal plans."""
 
     hardware: HardwareProfile
     offload_tiers: tuple[OffloadTier, ...]
     """The fastest tier first."""
     reserved: int
-    """Bytes of the budget that the device holds before a pass begins: what no plan allocates itself."""
+    """Bytes of the budget that the device holds before a pass begins, which no plan allocates."""
     backend: Backend
 
     def with_room_on_disk(self, nbytes: int) -> Machine:

@@ -1,7 +1,7 @@
-"""Split points: where stretches of local operators that have no barrier are divided.
+"""Split points: nodes after which a stretch of local operators without a barrier is divided.
 
-Every operator with a window adds to the halo that a tile of its phase needs; splitting stores a map and
-starts the halo anew. It is done where the least has to be stored.
+Every operator with a window adds to the halo that a tile of its phase needs. Splitting stores a map and
+starts the halo anew. Stretches are split where the fewest bytes have to be stored.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _PROBE = 64
 
 
 def choose_split_points(program: Program, limit: float) -> frozenset[str]:
-    """Nodes after which to split so that no phase piles up more halo than ``limit`` input pixels.
+    """Choose nodes after which to split, so that no phase's halo exceeds ``limit`` input pixels.
 
-    An operator that needs more on its own is left as it is.
+    An operator whose own halo exceeds that is left as it is.
     """
     crossing = _crossing_bytes(program)
     split_points: set[str] = set()
@@ -39,7 +39,7 @@ def _next_split_point(
     limit: float,
     split_points: Collection[str],
 ) -> str | None:
-    """The best place before the first operator whose phase has piled up too much, or ``None``."""
+    """The best place before the first operator at which its phase's halo exceeds the limit, or ``None``."""
     reach = _reaches(program, levels)
     before: list[str] = []
     for node in program.nodes.values():
@@ -56,7 +56,7 @@ def _next_split_point(
 
 
 def _reaches(program: Program, levels: Mapping[str, int]) -> dict[str, float]:
-    """Halo piled up within each local operator's phase, both sides together, in input pixels."""
+    """Halo accumulated in its phase up to each local operator, both sides together, in input pixels."""
     image = program.nodes[program.image].size
     reach: dict[str, float] = {}
     for node in program.nodes.values():
@@ -75,7 +75,7 @@ def _reaches(program: Program, levels: Mapping[str, int]) -> dict[str, float]:
 
 
 def _growth(axis_map: AxisMap, num_out: int, size: int) -> float:
-    """Operand positions that a stretch of outputs reads beyond its even share."""
+    """Number of operand positions that a stretch of outputs reads beyond its even share."""
     if axis_map.pointwise:
         return 0.0
     probe = min(_PROBE, num_out)
@@ -84,7 +84,7 @@ def _growth(axis_map: AxisMap, num_out: int, size: int) -> float:
 
 
 def _crossing_bytes(program: Program) -> dict[str, int]:
-    """By local node: bytes of local maps that are made up to it and read after it."""
+    """By local node: bytes of local maps that are made by it or before it, and read after it."""
     order = [node for node in program.nodes.values() if node.kind is Kind.LOCAL]
     last = {node.name: index for index, node in enumerate(order)}
     for index, node in enumerate(order):

@@ -1,9 +1,9 @@
 """Staging: which maps are stored, and which operators run in which phase.
 
 Every node gets a level. A map that uses a reduction's result is one level above it, since every position
-of the reduced map must have been seen first. The operators that a level's maps need are a phase, and the
-level's global values are computed after it. A split point raises the level for every later map, so
-that long stretches without a barrier do not pile up halo.
+of the reduced map must have been seen first. The operators that a level's maps need form a phase, and the
+level's global values are computed after that. A split point raises the level of every later map, so
+that long stretches without a barrier do not accumulate halo.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from streamcnn.graph.program import Kind, Node, Program
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """The operators of one phase, before tiles are cut."""
+    """The operators of one phase, before it is tiled."""
 
     level: int
     nodes: tuple[str, ...]
@@ -26,10 +26,10 @@ class Stage:
     stored: tuple[str, ...]
     reductions: tuple[str, ...]
     rematerialises: bool = False
-    """Whether it only computes again, in the backward pass, maps that were stored and dropped."""
+    """Whether the stage only rematerialises, in the backward pass, maps that were dropped."""
 
     def owned(self, program: Program) -> tuple[str, ...]:
-        """Maps of which each tile owns a part: those that are stored or reduced, each once."""
+        """Maps of which each tile owns a part: those stored or reduced, each once."""
         reduced = (program.nodes[name].operands[0] for name in self.reductions)
         return tuple(dict.fromkeys((*self.stored, *reduced)))
 
@@ -40,7 +40,7 @@ class Rematerialisation:
 
     stage: Stage
     before: int
-    """Level whose backward phase is the first that needs them."""
+    """Level of the first backward phase that needs the maps."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,8 +88,8 @@ def divide(program: Program, split_points: Collection[str] = ()) -> Staging:
 def recompute(program: Program, staging: Staging, name: str) -> Staging:
     """The same staging, but with checkpoint ``name`` recomputed by every phase that reads it.
 
-    A barrier between the map and what it is computed from is passed with its finished result, so its
-    phase becomes longer by local operators only. A map that an operator takes whole must be stored.
+    By then the results of reductions that the map depends on are known, so the reading phases grow by local
+    operators only. A map that an operator takes whole must be stored.
     """
     assert name in staging.stored
     stored = staging.stored - {name}
@@ -110,8 +110,8 @@ def drop(
     """The same staging, but with checkpoints ``names`` dropped between the two passes.
 
     They are freed after their last forward reader, and rematerialised before the first backward phase that
-    needs them: one that reads them, looks at their values for a reduction, or rematerialises a map from them.
-    So each map in a stretch of dropped ones is computed once more, however long the stretch is.
+    needs them: one that reads them, needs their values for a reduction, or rematerialises a map from them.
+    So each map in a stretch of dropped maps is computed once more, however long the stretch is.
 
     Parameters
     ----------
@@ -168,11 +168,10 @@ def assign_levels(program: Program, split_points: Collection[str]) -> dict[str, 
 
 
 def _delay(program: Program, levels: dict[str, int]) -> None:
-    """Compute what follows from parameters alone only when it is needed, as plain PyTorch does.
+    """Compute values that depend on parameters alone only when they are needed, as plain PyTorch does.
 
-    Such values can be as large as maps, as the relative position biases of attention are. This way
-    later ones take no memory in earlier phases, nor do gradients of earlier ones in the backward pass of
-    later phases.
+    Such values can be as large as maps, as the relative position biases of attention are. Computed late, they
+    take no memory in earlier phases, and in the backward pass their gradients take none in later phases.
     """
     free: set[str] = set()
     for node in program.nodes.values():
@@ -187,7 +186,7 @@ def _delay(program: Program, levels: dict[str, int]) -> None:
             # An operator's results stay together, see below.
             if node.target is not operator.getitem:
                 levels[node.name] = level
-        # A map, and what is reduced, reads what an earlier level has made.
+        # Maps and reductions read values that an earlier level has made.
         reads = level - (node.kind in (Kind.LOCAL, Kind.REDUCTION))
         for name in node.operands:
             latest[name] = min(latest.get(name, reads), reads)
@@ -208,10 +207,10 @@ def _level(program: Program, node: Node, levels: Mapping[str, int]) -> int:
 
 
 def choose_checkpoints(program: Program, levels: Mapping[str, int]) -> frozenset[str]:
-    """The local maps that a later phase or a resident operator reads from a store.
+    """The local maps that a later phase, a resident operator or the caller reads from a store.
 
-    A cheap pointwise function of maps that are stored already is recomputed instead, if reading those
-    moves no more bytes than reading it would.
+    A pointwise function of maps that are stored already is recomputed instead, if reading those maps moves no
+    more bytes than reading its result would.
     """
     late, whole = _used_late(program, levels), gathered(program)
     stored: set[str] = set()
@@ -240,13 +239,13 @@ def _used_late(program: Program, levels: Mapping[str, int]) -> set[str]:
 
 
 def gathered(program: Program) -> set[str]:
-    """Maps that an operator on whole maps, or the reader of the results, takes from a store."""
+    """Maps that an operator on whole maps, or the caller as a result, reads from a store."""
     kinds = (Kind.GATHER, Kind.RESULT)
     return {node.operands[0] for node in program.nodes.values() if node.kind in kinds}
 
 
 def _bases(program: Program, node: Node, bases: Mapping[str, frozenset[str]]) -> frozenset[str] | None:
-    """The stored maps from which ``node`` can be recomputed cheaply, or ``None``."""
+    """The stored maps from which pointwise operators can recompute ``node``, or ``None``."""
     assert node.local is not None
     if not node.local.pointwise or any(name not in bases for name in node.local.accesses):
         return None
@@ -269,7 +268,7 @@ def _stage(
     *,
     rematerialises: bool = False,
 ) -> Stage:
-    """The stage of a level: walk backwards from its outputs to stored maps and other inputs."""
+    """Build the stage of a level, backwards from its outputs to stored maps and other inputs."""
     pending = [*kept, *(program.nodes[name].operands[0] for name in reductions)]
     inside: set[str] = set()
     inputs: set[str] = set()

@@ -1,4 +1,4 @@
-"""Projected bytes of one step of a phase: a stage's largest tile, forward and backward, term by term."""
+"""Projected bytes of one step of a phase, term by term: a stage's largest tile, forward and backward."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from streamcnn.planning.backends import Backend
 from streamcnn.planning.tiling import Outline, TiledStage
 
 REDUCTION_COPIES = 2
-"""Temporary copies of a tile's own part while a reduction or its gradient is worked out, at least."""
+"""The least number of temporary copies of a tile's own part while a reduction or its gradient is computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +23,11 @@ class StepBytes:
 
     terms: tuple[MemoryTerm, ...]
     operator: str
-    """The operator at which most is held."""
+    """The operator at which most memory is held."""
     reusable: int
     """Bytes in blocks that may be kept for reuse when they are freed."""
     reading: int = 0
-    """What reading a region of an image takes beside tensors, perhaps at another moment of the step."""
+    """Bytes that reading a region of an image takes beside tensors, perhaps at another moment of the step."""
 
     @property
     def nbytes(self) -> int:
@@ -43,19 +43,19 @@ def total_bytes(terms: Iterable[MemoryTerm]) -> int:
 def steps(
     tiled: TiledStage, backend: Backend, reading: BatchCost = NO_READING, *, backward: bool
 ) -> tuple[StepBytes, StepBytes | None]:
-    """The largest tile of a stage forward and, if wanted, backward."""
+    """Project the largest tile of a stage forward and, if ``backward``, backward."""
     tile = _LargestTile(tiled, backend, reading)
     return _forward_step(tile), _backward_step(tile) if backward else None
 
 
 def overhead_terms(outline: Outline, backend: Backend, *, backward: bool) -> tuple[MemoryTerm, ...]:
-    """What the backend takes for a tile of any size, for its values and, if ``backward``, their gradients."""
-    # Gradients' matrix products mostly find buffers of their sizes.
+    """Terms of the backend for a tile of any size: its values and, if ``backward``, their gradients."""
+    # Matrix products of gradients mostly find buffers of their sizes.
     return backend.step_terms((3 if backward else 1) * outline.num_convolutions, outline.num_products)
 
 
 def _forward_step(tile: _LargestTile) -> StepBytes:
-    """One tile without autograd: values live from their operator to their last use."""
+    """Project one tile without autograd: values live from their operator to their last use."""
     tiled, owned = tile.tiled, set(tile.tiled.outline.owned)
     most = _PeakTracker()
     live = beside_reading = 0
@@ -79,7 +79,7 @@ def _forward_step(tile: _LargestTile) -> StepBytes:
 
 
 def _backward_step(tile: _LargestTile) -> StepBytes:
-    """One tile with autograd: values are kept, gradients flow back operator by operator."""
+    """Project one tile with autograd: values are kept, gradients flow back operator by operator."""
     tiled = tile.tiled
     skipped = frozenset(tiled.outline.skipped)
     most = _PeakTracker()
@@ -102,7 +102,7 @@ def _backward_step(tile: _LargestTile) -> StepBytes:
         MemoryTerm("arriving gradients", sum(own)),
         MemoryTerm("gradients of activations", most.held),
         MemoryTerm("operator workspace", most.workspace),
-        # The tile's own, and its copies in the layouts that convolutions work in.
+        # The tile's own gradients, and their copies in the layouts that convolutions use.
         MemoryTerm("a tile's parameter gradients", 3 * tiled.outline.parameter_bytes),
     )
     return tile.or_reading(tile.step(terms, most.operator, backward=True), before, backward=True)
@@ -110,14 +110,14 @@ def _backward_step(tile: _LargestTile) -> StepBytes:
 
 @dataclass(slots=True)
 class _PeakTracker:
-    """The operator at which most is held so far."""
+    """The operator at which most memory is held so far."""
 
     operator: str = ""
     held: int = 0
     workspace: int = 0
 
     def offer(self, operator: str, held: int, workspace: int) -> None:
-        """Take an operator if it holds more."""
+        """Record an operator if it holds more."""
         if held + workspace > self.held + self.workspace:
             self.operator, self.held, self.workspace = operator, held, workspace
 
@@ -134,7 +134,7 @@ class _LargestTile:
         """The images of which the stage reads regions."""
         outline, rows, cols = tiled.outline, tiled.rows.largest, tiled.cols.largest
         self.nbytes = {name: each * rows[name] * cols[name] for name, each in outline.position_bytes.items()}
-        """Bytes of what a tile needs of each map."""
+        """Bytes of the part of each map that a tile needs."""
         self.operands = {
             name: sum([self.nbytes[operand] for operand in operands])
             for name, operands in outline.map_operands.items()
@@ -154,7 +154,7 @@ class _LargestTile:
         self.backward_workspaces = {
             name: backend.backward_workspace(cost, calls[name]) for name, cost in outline.costs.items()
         }
-        """The same of its backward pass."""
+        """Bytes that each operator's backward pass takes besides."""
 
     def made(self, name: str) -> int:
         """Bytes that an operator's value adds: none if it overwrites its operand."""
@@ -182,7 +182,7 @@ class _LargestTile:
         return 0 if local.pointwise or local.fill is None else self.operands[name]
 
     def reads(self) -> int:
-        """Bytes of the input regions: stored ones are read or made contiguous, others also converted."""
+        """Bytes of the input regions: once for stored maps, twice for others, which are also converted."""
         nodes = self.program.nodes
         return sum(
             self.nbytes[name] * (1 if nodes[name].kind is Kind.LOCAL else 2)
@@ -201,7 +201,7 @@ class _LargestTile:
         Parameters
         ----------
         beside
-            What is held then.
+            Terms of bytes held while the region is read.
         """
         found = {n: self.reading.of_map(n, self.tiled.largest(n)).transient for n in self.images}
         image = max(found, key=found.__getitem__, default="")
@@ -213,7 +213,7 @@ class _LargestTile:
         return replace(read if read.nbytes > step.nbytes else step, reading=nbytes)
 
     def step(self, terms: tuple[MemoryTerm, ...], operator: str, *, backward: bool) -> StepBytes:
-        """A step of these terms and what the backend takes."""
+        """A step of these terms and the backend's."""
         overhead = overhead_terms(self.tiled.outline, self.backend, backward=backward)
         return StepBytes((*terms, *overhead), operator, int(self._reusable_share() * total_bytes(terms)))
 

@@ -1,6 +1,6 @@
-"""Resident tails: how many of the last operators may run on whole maps, and what that takes.
+"""Resident tails: how many of the last operators may run on whole maps, and their time and bytes.
 
-A tail is there when no tile is: after the last forward step and before the first backward one.
+A tail holds memory while no tile does: after the last forward step and before the first backward one.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from streamcnn.planning.cost_model import plain_time
 from streamcnn.planning.step_bytes import overhead_terms, total_bytes
 
 TAIL_COPIES = 2
-"""Copies of its maps that a tail is taken to hold: values and gradients."""
+"""Copies of its maps that a tail is assumed to hold: values and gradients."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """Operators at the end that run on whole maps."""
+    """Operators at the end of the program that run on whole maps."""
 
     start: str
-    """The captured call that it begins with."""
+    """The captured call with which the tail begins."""
     seconds: float
     """Projected time, forward and backward."""
     flops: int
@@ -43,16 +43,16 @@ def can_be_whole(tilings: TilingCandidates) -> bool:
 def tails_to_try(
     tilings: TilingCandidates, chosen: Sequence[TilingCandidate], spare_bytes: int
 ) -> list[Tail]:
-    """A tail that takes no more than the largest step, and one that fills what the budget leaves.
+    """A tail that takes no more than the largest step, and one that also fills the rest of the budget.
 
     Parameters
     ----------
     chosen
-        How the stages of the program without a tail are tiled.
+        The tiling of each stage of the program without a tail.
     spare_bytes
-        What that leaves of the budget; 0 if there is no budget to fill.
+        Bytes of the budget that those leave; 0 if there is no budget to fill.
     """
-    # Without what the backend takes for a step: a tail has its own.
+    # Without the backend's bytes for a step, since a tail has its own.
     backend, backward = tilings.backend, bool(tilings.differentiated)
     steps = (
         tiling.nbytes - total_bytes(overhead_terms(tiling.tiled.outline, backend, backward=backward))
@@ -69,7 +69,7 @@ def _local(tilings: TilingCandidates) -> list[Node]:
 
 
 def _longest(tilings: TilingCandidates) -> int:
-    """How many of the last operators have maps that the backend's kernels are made for."""
+    """The number of last operators whose maps are no larger than the backend's kernels are made for."""
     most, nodes = tilings.backend.most_elements, tilings.program.nodes
 
     def is_suited(node: Node) -> bool:

@@ -1,8 +1,8 @@
 """Kinds of tiles along one axis: which tiles of a stage are computed alike, and how.
 
 Tiles are of one kind if they need equally many positions of every map, pad equally much before and after, and
-read the same parts of what they have. Where a tile lies in the whole map counts only if something computes
-with positions. All tiles of an axis are worked out at once.
+read the same parts of what they have. A tile's position in the whole map matters only if something computes
+with positions. All tiles of an axis are computed at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from streamcnn.planning.staging import Stage
 
 
 def numbered(table: Indices) -> list[int]:
-    """A number for each tile, a column of the table, 0, 1, … as they come; equal columns share one."""
+    """Number tiles, the columns of ``table``, from 0 as they appear; equal columns share a number."""
     found: dict[bytes, int] = {}
     columns, length = table.T.tobytes(), len(table) * table.itemsize
     return [
@@ -31,14 +31,14 @@ def numbered(table: Indices) -> list[int]:
 def axis_kinds(
     program: Program, stage: Stage, axis: int, own: Mapping[str, Intervals], needed: Mapping[str, Intervals]
 ) -> tuple[list[int], tuple[AxisKind, ...]]:
-    """Each tile's kind, as an index, and the kinds.
+    """The kind of each tile, as an index into the second result, and the kinds.
 
     Parameters
     ----------
     axis
         0 for rows, 1 for columns.
     own, needed
-        What each tile is responsible for of every output, and needs of every node and input.
+        The part of every output that each tile is responsible for, and of every node and input that it needs.
     """
     geometry = _Geometry.of(program, stage, axis, own, needed)
     numbers = numbered(np.stack(list(geometry.arrays())))
@@ -50,7 +50,7 @@ def axis_kinds(
 
 @dataclass(slots=True)
 class _Geometry:
-    """What :class:`AxisKind` holds, for all tiles of an axis at once."""
+    """The content of :class:`AxisKind` for all tiles of an axis at once."""
 
     extents: dict[str, Indices]
     own: dict[str, Intervals]
@@ -94,7 +94,7 @@ class _Geometry:
         self.results[node.name] = result.shift(-out.start)
 
     def arrays(self) -> Iterator[Indices]:
-        """All numbers, as arrays with one entry for each tile."""
+        """All numbers that decide a kind, as arrays with one entry per tile."""
         yield from self.extents.values()
         yield from self.starts.values()
         operands = (each for group in (self.parts, self.windows) for each in group.values())
@@ -129,7 +129,7 @@ def _map_operands(node: Node) -> list[tuple[str, Access]]:
 
 
 def _positional(program: Program, stage: Stage) -> set[str]:
-    """Maps with whose positions an operator or reduction computes: its result, or what it reads."""
+    """Maps whose positions an operator or reduction uses in its computation: its result or first operand."""
     found = set()
     for name in stage.nodes:
         node = program.nodes[name]

@@ -1,7 +1,7 @@
-"""Tiling: the outputs of a stage cut into disjoint tiles, and what each tile needs of every map.
+"""Tiling: divide the outputs of a stage into disjoint tiles, and find the part of every map that each needs.
 
-All rules are separable, so rows and columns are worked out apart, and all tiles of an axis at once: a grid
-of 100 x 100 tiles costs two passes over the stage's nodes.
+All rules are separable, so rows and columns are computed separately, and all tiles of an axis at once: a grid
+of 100 x 100 tiles takes two passes over the stage's nodes.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ TileCounts = tuple[int, int]
 """Number of tiles (rows, columns)."""
 
 _PARTS_AT_ONCE = 2**16
-"""Tiles along either axis, those of several grids together, that are worked out in one go."""
+"""The most tiles along both axes, of several grids together, that are computed in one go."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outline:
-    """What is true of a stage however it is tiled."""
+    """The properties of a stage that do not depend on its tiling."""
 
     program: Program
     stage: Stage
@@ -47,27 +47,27 @@ class Outline:
     num_products: int
     """Matrix products of different sizes, linear layers among them."""
     overwriting: Mapping[str, str]
-    """Operators that may overwrite their first operand, and that, if a tile needs one region of both."""
+    """Operators, with their first operand, which they may overwrite if a tile needs one region of both."""
     square: bool
     """Whether rows and columns have the same sizes and rules."""
     costs: Mapping[str, Cost]
-    """What is declared of each operator."""
+    """The declared cost of each operator."""
     map_operands: Mapping[str, tuple[str, ...]]
     """For each operator, the maps that it reads."""
     weights: Mapping[str, int]
-    """For each operator, bytes of what it reads beside maps."""
+    """For each operator, bytes of the values that it reads beside maps."""
     parameter_bytes: int
-    """Of all operators, each parameter and buffer once."""
+    """Bytes of all operators' parameters and buffers, each counted once."""
     cast_bytes: int
-    """Of parameters in the types that autocast casts them to."""
+    """Bytes of parameters in the types to which autocast casts them."""
     position_bytes: Mapping[str, int]
     """For each operator and input, bytes of one position of its value, all images and channels together."""
     position_elements: Mapping[str, int]
-    """The same, in elements."""
+    """For each operator and input, elements of one position of its value, likewise."""
     beside_bytes: Mapping[str, int]
-    """For each operator, bytes of one position of what autograd saves beside operands and result."""
+    """For each operator, bytes per position that autograd saves beside operands and result."""
     fed: Mapping[str, Mapping[str, Reduction]]
-    """By map, the reductions of the stage that it feeds, by name."""
+    """By map and name: the reductions of the stage that the map feeds."""
 
     @classmethod
     def of(cls, program: Program, stage: Stage) -> Outline:
@@ -130,15 +130,16 @@ class AxisGrid:
     largest: Mapping[str, int]
     """The most positions that a tile needs of a map."""
     total: Mapping[str, int]
-    """Positions of a map that all tiles together need, repeated ones counted each time."""
+    """Positions of a map that all tiles together need, counted for each tile that needs them."""
     shapes: Sequence[int]
     """Each tile's shape, as a number: tiles of one shape need equally many positions of each map."""
 
     @classmethod
     def each(cls, outline: Outline, axis: int, counts: Sequence[int]) -> Iterator[AxisGrid]:
-        """A grid of each number of tiles in ``counts``, all worked out at once.
+        """Make a grid for each number of tiles in ``counts``, all computed at once.
 
-        Walk backwards from the owned parts; a map with several consumers needs the hull.
+        Needed parts are found backwards from the owned parts; of a map with several consumers, the hull is
+        needed.
         """
         nodes = outline.program.nodes
         own = {
@@ -157,7 +158,7 @@ class AxisGrid:
         largest = np.maximum.reduceat(sizes, bounds[:-1], axis=1).T.tolist()
         total = np.add.reduceat(sizes, bounds[:-1], axis=1).T.tolist()
         for index, where in enumerate(map(slice, bounds[:-1].tolist(), bounds[1:].tolist())):
-            # Maps that share their intervals still do.
+            # Maps that share intervals go on sharing them.
             parts = {intervals: intervals.part(where) for intervals in needed.values()}
             yield cls(
                 num_parts=counts[index],
@@ -190,7 +191,7 @@ class AxisGrid:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TiledStage:
-    """A stage cut into tiles: what planning weighs, and what a phase is made of."""
+    """A stage divided into tiles, which planning compares and a phase is made of."""
 
     outline: Outline
     rows: AxisGrid
@@ -200,7 +201,7 @@ class TiledStage:
 
     @property
     def program(self) -> Program:
-        """The program that the stage is of."""
+        """The stage's program."""
         return self.outline.program
 
     @property
@@ -215,7 +216,7 @@ class TiledStage:
 
     @property
     def num_kernels(self) -> int:
-        """Different convolutions of a forward pass: each of them once for each shape of tile."""
+        """Number of different convolutions of a forward pass: each counts once for each shape of tile."""
         return self.outline.num_convolutions * self.rows.num_shapes * self.cols.num_shapes
 
     def largest(self, name: str) -> tuple[int, int]:
@@ -228,7 +229,7 @@ class TiledStage:
 
     @property
     def most_elements(self) -> int:
-        """Elements of the largest map, as far as a tile needs it."""
+        """Elements of the largest part of a map that a tile needs."""
         each = self.outline.position_elements.items()
         return max(elements * math.prod(self.largest(name)) for name, elements in each)
 
@@ -238,11 +239,11 @@ class TiledStage:
         return largest_part(height, self.rows.num_parts), largest_part(width, self.cols.num_parts)
 
     def covered(self, name: str) -> int:
-        """Positions of ``name`` that all tiles together need, repeated ones counted each time."""
+        """Positions of ``name`` that all tiles together need, counted for each tile that needs them."""
         return self.rows.total[name] * self.cols.total[name]
 
     def phase(self, *, differentiated: bool) -> Phase:
-        """The stage as the executor takes it."""
+        """The stage as a phase of the plan."""
         stage, outline = self.stage, self.outline
         (rows, row_kinds), (cols, col_kinds) = (
             axis_kinds(outline.program, stage, axis, grid.own, grid.needed)
@@ -278,7 +279,7 @@ class TiledStage:
 def grid(outline: Outline, tile: tuple[int, int]) -> TileCounts:
     """Number of tiles (rows, columns) so that none spans more than ``tile`` (h, w) input pixels.
 
-    No more than there are positions in the smallest output, since every tile owns a part of each.
+    There are no more than positions in the smallest output, since every tile owns a part of each output.
     """
     image = outline.program.nodes[outline.program.image].size
     most = most_parts(outline)
@@ -292,7 +293,7 @@ def most_parts(outline: Outline) -> TileCounts:
 
 
 def tile_stage(outline: Outline, *grids: TileCounts) -> Iterator[TiledStage]:
-    """A stage in each of ``grids`` of tiles, in turn; many tiles are worked out only when asked for."""
+    """Tile the stage by each of ``grids`` in turn; beyond a number of tiles, only when asked for."""
     together: list[TileCounts] = []
     num_parts = 0
     for parts in grids:
@@ -334,14 +335,14 @@ def _accesses(program: Program, name: str) -> Mapping[str, Access]:
 
 
 def _beside_bytes(program: Program, node: Node, cost: Cost) -> int:
-    """Bytes of one position of what autograd saves beside operands and result."""
+    """Bytes per position that autograd saves beside operands and result."""
     if cost.saves.beside is None:
         return 0
     return -(-cost.saves.beside(Operation.of(program, node)) // math.prod(node.size))
 
 
 def _readers(program: Program, stage: Stage) -> dict[str, list[str]]:
-    """For each operator of the stage, those that read its value, in order."""
+    """For each operator of the stage, the operators that read its value, in order."""
     readers: dict[str, list[str]] = {name: [] for name in stage.nodes}
     for name in stage.nodes:
         for operand in program.nodes[name].operands:
@@ -351,9 +352,9 @@ def _readers(program: Program, stage: Stage) -> dict[str, list[str]]:
 
 
 def _overwritten(program: Program, name: str, readers: Mapping[str, list[str]]) -> str | None:
-    """The operand that an operator may overwrite, as the user's model does.
+    """The operand that an operator may overwrite, as the user's model does, or None.
 
-    That is its first if it is made in this phase, for this operator alone.
+    That is its first operand, if it is made in this phase for this operator alone.
     """
     node = program.nodes[name]
     if node.in_place is None or not isinstance(node.args[0], Ref):

@@ -1,4 +1,4 @@
-"""Backends: what planning has to know of a device's libraries and allocators, one class a device."""
+"""Backends: what planning must know of a device's libraries and allocators, one class per device type."""
 
 from streamcnn.planning.backends.base import Backend, Fragmentation
 from streamcnn.planning.backends.cpu import CpuBackend

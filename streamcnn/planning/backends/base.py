@@ -1,7 +1,7 @@
-"""What the memory model and the search ask a device: bytes beside tensors, and what freed blocks cost.
+"""The interface of backends, which tell the memory model and the search what a device takes beside tensors.
 
-A backend answers from constants and counts, and measures nothing. What measures and limits a device's memory
-is its ceiling, in ``streamcnn.ceiling``.
+A backend answers from constants and counts, and measures nothing. The device's ceiling, in
+``streamcnn.ceiling``, measures and limits its memory.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Bytes = TypeVar("Bytes", int, Ints)
 
 @dataclass(frozen=True, slots=True)
 class Fragmentation:
-    """Bytes that an allocator loses to holes, in one of its ways of treating freed blocks."""
+    """Bytes that an allocator loses to holes, for one way of treating freed blocks."""
 
     step_percent: int = 0
-    """Percent of what a step holds."""
+    """Percent of the bytes that a step holds."""
     fixed: int = 0
     """Bytes lost in any case."""
     per_stage: int = 0
@@ -32,11 +32,11 @@ class Fragmentation:
     """The share of the largest step's reusable blocks, which leave holes at every other moment."""
 
     def of_step(self, nbytes: Bytes) -> Bytes:
-        """What is lost while a step of ``nbytes`` runs."""
+        """Bytes lost while a step of ``nbytes`` runs."""
         return nbytes * self.step_percent // 100
 
     def of_pass(self, steps: int, tail: int, num_stages: int) -> int:
-        """What is lost throughout a pass, given the bytes of steps and of the tail in reusable blocks."""
+        """Bytes lost throughout a pass, given the bytes of steps and of the tail in reusable blocks."""
         largest = max(int(self.held * steps), tail) if self.held else 0
         return self.fixed + self.per_stage * num_stages + largest
 
@@ -46,16 +46,16 @@ class Backend(ABC):
     """One kind of device."""
 
     runtime_bytes: int
-    """Reserved for what the first pass takes beside tensors."""
+    """Bytes reserved for what the first pass takes beside tensors."""
     reusable_bytes: int
     """Freed blocks below this size may be kept for reuse; others always go back."""
     keeping: Fragmentation
-    """What is lost if freed blocks are kept, which is faster."""
+    """Bytes lost if freed blocks are kept, which is faster."""
     returning: Fragmentation
-    """What is lost if freed blocks are given back. That is done if maps are offloaded: memory is short then,
-    and what kept blocks lose is known too roughly."""
+    """Bytes lost if freed blocks are given back, as they are if maps are offloaded: memory is short then, and
+    the loss to kept blocks is known too roughly."""
     fragmentation: str
-    """The name of the plan's term for either."""
+    """The name of the plan's term for lost bytes."""
     has_choice: bool
     """Whether a pass can be told to keep freed blocks or not."""
     keeps_blocks: bool = False
@@ -66,13 +66,14 @@ class Backend(ABC):
     overlaps: bool = False
     """Whether tiles are moved to and from other tiers while others are computed."""
     runs_ahead: bool = False
-    """Whether the host launches operators while earlier ones run: then only the longer of the two counts."""
+    """Whether the host launches operators while earlier ones run. Then only the longer of the two times
+    counts."""
     fuses_norms: bool = False
-    """Whether a norm is fused with an activation and a sum behind it."""
+    """Whether a norm is fused with an activation and a sum that follow it."""
     fuses_attention: bool
     """Whether attention is a single kernel for all its options."""
     prefers_bands: bool
-    """Whether tiles of whole rows are better than square ones with as many pixels."""
+    """Whether bands of full rows are better than square tiles with as many pixels."""
     most_elements: int = sys.maxsize
     """Elements of the largest tile of a map that kernels are made for."""
 
@@ -81,22 +82,24 @@ class Backend(ABC):
         return 0 if cost.workspace is None else cost.workspace(nbytes)
 
     def backward_workspace(self, cost: Cost, nbytes: CallBytes) -> int:
-        """Bytes that its backward pass takes besides those, their gradients and what is saved."""
+        """Bytes that a call's backward pass takes besides operands, parameters, result, their gradients and
+        saved values."""
         declared = cost.backward_workspace
         return self.workspace(cost, nbytes) if declared is None else declared(nbytes)
 
     @abstractmethod
     def step_terms(self, num_kernels: int, num_products: int) -> tuple[MemoryTerm, ...]:
-        """What a step takes for the kernels that it compiles and its matrix products of different sizes."""
+        """Terms of a step for the kernels that it compiles, and for matrix products of different sizes."""
 
     @abstractmethod
     def kept(self, num_kernels: Ints, *, training: bool) -> HeldBytes:
-        """What is kept at every moment of a pass.
+        """Bytes that libraries keep at every moment of a pass.
 
         Parameters
         ----------
         num_kernels
-            By level, how many different convolutions the forward pass runs; each shape counts.
+            By level, how many different convolutions the forward pass runs, counted once for each shape of
+            tile.
         training
             Whether a backward pass follows.
         """

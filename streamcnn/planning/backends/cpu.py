@@ -12,18 +12,18 @@ from streamcnn.plan.storage import MemoryTerm
 from streamcnn.planning.backends.base import Backend, Fragmentation
 
 CACHED_KERNELS = 1024
-"""Kernels that oneDNN keeps, if ``ONEDNN_PRIMITIVE_CACHE_CAPACITY`` does not say otherwise."""
+"""Kernels that oneDNN keeps, unless ``ONEDNN_PRIMITIVE_CACHE_CAPACITY`` says otherwise."""
 RUNTIME_BYTES = 3 * 2**23
-"""Threads' buffers, the interpreter's own growth and library code that runs for the first time."""
+"""Bytes for threads' buffers, the interpreter's own growth and library code that runs for the first time."""
 KEEPING = Fragmentation(fixed=3 * 2**24, per_stage=5 * 2**18, held=1.25)
-"""What the C library loses if its heap, which never shrinks, keeps freed blocks. Beyond the other terms and
-the share (torch 2.13, glibc 2.36), EfficientNet-B0 with 66 stages and DenseNet-121 with 122 needed some
-110 MiB, U-Net with 14 between 53 and 65, ResNet-18 and ConvNeXt-T nothing."""
+"""Loss of the C library if its heap, which never shrinks, keeps freed blocks. Beyond the other terms and
+the share ``held`` (torch 2.13, glibc 2.36), EfficientNet-B0 with 66 stages and DenseNet-121 with 122 needed
+some 110 MiB, U-Net with 14 between 53 and 65 MiB, ResNet-18 and ConvNeXt-T nothing."""
 RETURNING = Fragmentation(step_percent=10)
-"""What it loses if it gives freed blocks back."""
+"""Loss of the C library if it gives freed blocks back."""
 ROUNDING = Fragmentation(step_percent=3)
-"""What the project's own allocator loses, which keeps blocks: it hands out whole pages, and small blocks
-still come from the C library. Its holes only cost time."""
+"""Loss of the project's own allocator, which keeps blocks: it hands out whole pages, and small blocks still
+come from the C library. Its holes only cost time."""
 _KERNELS, _CODE, _PRODUCTS = (
     "compiled kernels",
     "address space of compiled code",
@@ -35,17 +35,17 @@ _KERNELS, _CODE, _PRODUCTS = (
 class CpuBackend(Backend):
     """Host memory, which ``RLIMIT_DATA`` limits: address space counts, touched or not.
 
-    oneDNN compiles kernels for every shape of a convolution's operands, so as many as a stage has kinds of
+    oneDNN compiles kernels for every shape of a convolution's operands, so for every shape of a stage's
     tiles, and keeps the last thousand of them. A convolution reorders operands, weights and result into
-    blocked layouts, as is declared of it.
+    blocked layouts, as its declared cost says.
     """
 
     kernel_bytes: int
     """Bytes kept for every compiled kernel, with the code that is touched."""
     code_bytes: int
-    """Address space of a kernel's code, which counts until the step that compiled it is over."""
+    """Bytes of address space of a kernel's code, which count until the step that compiled it is over."""
     matrix_bytes: int
-    """Address space of the buffers of one matrix product."""
+    """Bytes of address space of the buffers of one matrix product."""
     runtime_bytes: int = RUNTIME_BYTES
     reusable_bytes: int = 2**25
     """glibc's largest threshold: blocks from this size on always go back to the operating system."""
@@ -63,9 +63,9 @@ class CpuBackend(Backend):
 
         With ``keeps_blocks`` tensors come from blocks that are kept and counted outside the C library.
 
-        A kernel: 100 KB for one forward, 180 to 290 KB for the three of a convolution that is differentiated,
-        on maps of 21 x 21 to 40 x 30 (torch 2.13, AVX-512). MKL keeps its buffers until it is told not to, at
-        a step's end, and takes others for every size of product, most of it never touched: on 2 threads
+        Kernels took 100 KB for one forward, and 180 to 290 KB for the three of a differentiated convolution,
+        on maps of 21 x 21 to 40 x 30 (torch 2.13, AVX-512). MKL keeps its buffers until they are freed at a
+        step's end. It takes separate buffers for every size of product, mostly never touched: on 2 threads
         9.2 MB for one linear layer and 28 MB for three, on 8 threads 36 MB for one, and little more for the
         gradients of such layers.
         """
@@ -75,14 +75,14 @@ class CpuBackend(Backend):
         return replace(libraries, returning=ROUNDING, has_choice=False, keeps_blocks=True)
 
     def step_terms(self, num_kernels: int, num_products: int) -> tuple[MemoryTerm, ...]:
-        """Code and buffers, which are given back at the step's end."""
+        """Terms of compiled code and buffers, which stop counting at the step's end."""
         return (
             MemoryTerm(_CODE, num_kernels * self.code_bytes),
             MemoryTerm(_PRODUCTS, num_products * self.matrix_bytes),
         )
 
     def kept(self, num_kernels: Ints, *, training: bool) -> HeldBytes:
-        """Kernels: the backward pass compiles two for each, for the gradients of operand and of weights."""
+        """Bytes of kernels; backward, two more are compiled for each, for operand and weight gradients."""
         so_far = num_kernels.cumsum()
         differentiated = so_far[-1] - so_far + num_kernels if training else 0 * num_kernels
 
