@@ -1,4 +1,4 @@
-"""What stores share that keep a map whole in one tensor: where something was written, and parts of it."""
+"""The base of stores that keep a map whole in one tensor, and track which of it was written."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from streamcnn.stores.frontier import Frontier
 
 
 class WholeStore(Store):
-    """A map in one tensor, which is allocated at the first write, in the layout of that.
+    """A map in one tensor, which is allocated at the first write in the layout of that tile.
 
     Parameters
     ----------
     spec
         The map.
     zeroed
-        Whether memory comes zeroed. Otherwise a part that is read before it was written is zeroed then.
+        Whether the tensor is allocated zeroed. Otherwise a part that is read before it was written is zeroed
+        then.
     """
 
     def __init__(self, spec: StoreSpec, *, zeroed: bool) -> None:
