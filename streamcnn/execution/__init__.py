@@ -1,1 +1,1 @@
-"""Plans carried out, tile by tile."""
+"""Execution: plans carried out tile by tile."""

@@ -1,4 +1,4 @@
-"""The eager implementation of a backward step: the tile recomputed with autograd, and differentiated."""
+"""The eager implementation of a backward step: compute the tile again with autograd, and differentiate it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run_backward(step: Step, inputs: list[Tensor]) -> list[Tensor | None]:
 
 
 class BackwardTile:
-    """One tile of a phase, recomputed with autograd and differentiated."""
+    """One tile of a phase, computed again with autograd and differentiated."""
 
     def __init__(self, step: Step, inputs: list[Tensor]) -> None:
         self.step = step
@@ -30,14 +30,14 @@ class BackwardTile:
         inputs.clear()
         self.wanted = frozenset(step.outputs)
         self.leaves: dict[Output, Tensor] = {}
-        """What is differentiated with respect to."""
+        """Tensors with respect to which the tile is differentiated, by output."""
         self.roots: list[tuple[Tensor, Tensor]] = []
-        """Values that gradients arrive at, each with its gradient."""
+        """Values that receive a gradient from outside, each with that gradient."""
         self.taps: list[Tensor] = []
         """Values inside the graph at which gradients from outside are added, in order."""
 
     def differentiate(self) -> list[Tensor | None]:
-        """Recompute and differentiate; the gradients in the order of the step's outputs."""
+        """Compute the tile again and differentiate it; return gradients in the step's order."""
         with torch.enable_grad():
             self._recompute()
         self._reach_taps()
@@ -45,7 +45,7 @@ class BackwardTile:
         if not self.roots or not leaves:
             return [None] * len(leaves)
         outputs, gradients = zip(*self.roots, strict=True)
-        # The taps' graph nodes refer to this object: without this, only the collector would free the graph.
+        # The taps' graph nodes refer to this object; without this, only the collector would free the graph.
         self.roots.clear()
         self.taps.clear()
         with autocast(leaves[0].device, None):
@@ -99,7 +99,7 @@ class BackwardTile:
         share = crop(value.detach(), part.axes, part.covered, part.own)
 
         def add(gradient: Tensor) -> Tensor:
-            # Autograd may hand the same tensor to another consumer, so it is not changed in place.
+            # Autograd may hand the same tensor to another consumer, so the tensor is not changed in place.
             if part.own == part.covered:
                 return self.arriving(name, share, gradient)
             total = gradient.clone()
@@ -115,9 +115,9 @@ class BackwardTile:
             self.roots.append((value, self.arriving(name, value.detach())))
 
     def arriving(self, name: str, share: Tensor, total: Tensor | None = None) -> Tensor:
-        """``total``, if any, plus the gradient that the tile's own part of a map gets from outside.
+        """``total``, if any, plus the gradient from outside on the tile's own part of a map.
 
-        ``share`` are the values of that part. Neither they nor ``total`` are changed.
+        ``share`` has the values of that part. Neither ``share`` nor ``total`` is changed.
         """
         part = self.step.owned[name]
         if part.has_gradient:
@@ -134,7 +134,7 @@ class BackwardTile:
         return total
 
     def _reach_taps(self) -> None:
-        """Make each tap a root that no root leads to, because its readers stop the gradient."""
+        """Make each tap a root that no root reaches, because its readers stop the gradient."""
         if not self.taps:
             return
         reached: set[Any] = set()
@@ -148,10 +148,10 @@ class BackwardTile:
 
 
 def told_apart(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The gradients; where somebody else holds the tensor too, a new tensor in the same memory.
+    """Replace each gradient that somebody else holds too by a new tensor in the same memory.
 
     The memory's use count then shows that it is shared, so that nothing is added to it in place. Autograd may
-    return one tensor for several leaves, and a user's function may keep what it returns.
+    return one tensor for several leaves, and a user's function may keep the tensors that it returns.
     """
     (alone,) = _num_holders([torch.empty(0)])
     holders = _num_holders(gradients)
@@ -162,7 +162,7 @@ def told_apart(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def _num_holders(tensors: Sequence[Any]) -> list[int]:
-    """How many references there are to each, those of the sequence and of this function among them."""
+    """The number of references to each tensor, including those of the sequence and of this function."""
     return [sys.getrefcount(tensor) for tensor in tensors]
 
 
@@ -177,7 +177,7 @@ def _walk(node: Any, reached: set[Any]) -> None:
 
 
 class _Tap(torch.autograd.Function):
-    """Identity whose backward adds what arrives at the value from outside the tile's graph."""
+    """Identity whose backward pass adds the gradient that the value gets from outside the tile's graph."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, add: Callable[[Tensor], Tensor]) -> Tensor:

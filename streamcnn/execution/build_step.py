@@ -1,4 +1,4 @@
-"""Steps built from the plan: see :mod:`streamcnn.execution.step`."""
+"""Build steps from the plan; see :mod:`streamcnn.execution.step`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from streamcnn.plan.tiles import AxisKind
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
-    """The gradients that a phase has received when its backward pass begins: all that it will get."""
+    """The gradients that a phase has received when its backward pass begins, which are all it will get."""
 
     maps: frozenset[str] = frozenset()
     """Stored maps with a gradient."""
@@ -102,7 +102,7 @@ class _Tile:
         return cls(program, phase, phase.row_kinds[kind[0]], phase.col_kinds[kind[1]])
 
     def covered(self, name: str) -> Region:
-        """What the tile has of a map, counted from its first position."""
+        """The region that the tile has of a map, counted from its first position."""
         return Region.whole((self.rows.extents[name], self.cols.extents[name]))
 
     def operators(self, *, skipped: Collection[str]) -> tuple[Operator, ...]:
@@ -145,14 +145,14 @@ class _Tile:
         return {"out": out, "origin": self._in_whole(name, first.part)}
 
     def _in_whole(self, name: str, part: Region) -> Region:
-        """A part of what the tile has, in positions of the whole map."""
+        """Convert a part of the tile's region to positions of the whole map."""
         rows, cols = self.rows.starts[name], self.cols.starts[name]
         return Region(part.rows.shift(rows), part.cols.shift(cols))
 
     def owned(
         self, fed: Mapping[str, Mapping[str, Reduction]], others: Collection[str], arrivals: Arrivals
     ) -> dict[str, OwnPart]:
-        """The tile's own parts of maps that feed reductions and of ``others``, in the order they are made."""
+        """The tile's own parts of maps that feed reductions and of ``others``, in order of computation."""
         return {
             name: self._own_part(name, fed.get(name, {}), arrivals)
             for name in (*self.phase.inputs, *self.phase.nodes)
@@ -175,14 +175,14 @@ class _Tile:
 
 
 _Padding = tuple[int | None, int | None]
-"""Along rows and columns; None where a window is padded for the target."""
+"""Padding along rows and columns; None where the window is padded before the target is called."""
 
 
 def _padding(node: Node, operands: Mapping[str, Operand]) -> _Padding | None:
-    """The padding that a node's target can do itself where a window leaves the map; None if nothing.
+    """The padding that a node's target can do itself where a window leaves the map; None if it can do none.
 
-    If only rows are left to pad here, the window has whole rows: in channels_last it is copied in one piece,
-    and what is cut out of its gradient has no gaps.
+    If only rows are left to pad before the call, the window has full rows: in channels_last it is copied in
+    one piece, and parts cropped from its gradient have no gaps.
     """
     assert node.local is not None
     if not cost_of(node.target).pads:
@@ -194,22 +194,22 @@ def _padding(node: Node, operands: Mapping[str, Operand]) -> _Padding | None:
 
 
 def _padded_by_target(operand: Operand, padding: _Padding) -> Operand:
-    """An operand with its window not padded along the axes that the target pads."""
+    """An operand whose window is not padded along the axes that the target pads."""
     axes = zip(padding, operand.part, operand.window, strict=True)
     rows, cols = (window if own is None else part for own, part, window in axes)
     return replace(operand, window=Region(rows, cols))
 
 
 def _padding_along(access: AxisMap, part: Interval, window: Interval) -> int | None:
-    """Positions before ``part`` up to the window, if as many behind it change nothing; else None."""
+    """Positions of the window before ``part``, if padding as many behind it changes nothing; else None."""
     assert isinstance(access, Sliding)
     before, behind = part.start - window.start, window.stop - part.stop
-    # Padding too much behind gives no further position as long as it is less than the stride.
+    # Excess padding behind gives no further position as long as it is less than the stride.
     return before if 0 <= before - behind < access.stride and behind >= 0 else None
 
 
 def _read(phase: Phase, operators: Sequence[Operator]) -> tuple[Input, ...]:
-    """What operators and reductions read: input maps and global values."""
+    """The inputs that operators and reductions read: input maps and global values."""
     operands = dict.fromkeys(
         name for each in operators for name in each.node.operands if name not in each.operands
     )
@@ -228,7 +228,7 @@ def _outputs_of(name: str, part: OwnPart) -> Iterator[Output]:
 
 
 def _arriving(name: str, part: OwnPart) -> Iterator[Input]:
-    """The inputs from which a backward step computes the gradient that a map gets from outside the tile."""
+    """The inputs from which a backward step computes a map's gradient from outside the tile."""
     if part.has_gradient:
         yield Input(Source.GRADIENT, name)
     if part.reads_values:

@@ -15,15 +15,15 @@ from streamcnn.graph.program import Program
 from streamcnn.plan.plan import Phase
 
 _MOST_PARTIALS = 64
-"""Tiles whose partial results of a reduction are merged at once."""
+"""Most tiles whose partial results of a reduction are merged at once."""
 _MOST_BYTES = 2**18
-"""Bytes of partial results beyond which those of fewer tiles are merged."""
+"""Bytes of partial results beyond which fewer tiles' are merged at once."""
 
 
 class Combiner:
-    """Runs all tiles in this process, in row order, and adds each one's outputs to those before.
+    """Orders tiles by rows, and merges or adds each tile's outputs to those of earlier tiles.
 
-    Nothing else knows that order or adds anything up.
+    Only this class knows the order and adds up outputs.
     """
 
     def __init__(self, program: Program, maps: Maps, global_graph: GlobalGraph) -> None:
@@ -37,7 +37,7 @@ class Combiner:
         return ((row, col) for row in range(len(phase.rows)) for col in range(len(phase.cols)))
 
     def merge(self, name: str, partial: Partials) -> None:
-        """Keep partial results of a reduction; merge them with those of earlier tiles once they are many."""
+        """Keep partial results of a reduction, and merge those of several tiles once they are many."""
         known = self._partials.setdefault(name, [])
         known.append(partial)
         nbytes = len(known) * sum(each.nbytes for each in partial)
@@ -45,7 +45,7 @@ class Combiner:
             self._partials[name] = [self._merged(name, known)]
 
     def take_merged(self, name: str) -> Partials:
-        """The merged partial results of all tiles; they are dropped here."""
+        """Remove and return the merged partial results of all tiles."""
         return self._merged(name, self._partials.pop(name))
 
     def _merged(self, name: str, parts: Sequence[Partials]) -> Partials:
@@ -54,11 +54,11 @@ class Combiner:
         return parts[0] if len(parts) == 1 else rule.merge(parts)
 
     def add_value_gradient(self, name: str, gradient: Tensor | None) -> None:
-        """Add a tile's share to the gradient of a global value; ``None`` where it has none."""
+        """Add a tile's share to the gradient of a global value; ``None`` adds nothing."""
         self._global_graph.accumulate(name, gradient)
 
     def add_map_gradient(self, name: str, part: Region, gradient: Tensor | None) -> None:
-        """Add a tile's share to the gradient of a region of a map; ``None`` where it has none."""
+        """Add a tile's share to the gradient of a region of a map; ``None`` adds nothing."""
         if gradient is not None:
             self._maps.add_gradient(name, part, gradient, may_keep=_is_unshared(gradient))
 
@@ -69,5 +69,5 @@ def _is_unshared(tensor: Tensor) -> bool:
 
 
 def _num_uses(tensor: Tensor) -> int:
-    """References to a tensor's memory, one of them made here."""
+    """The number of references to a tensor's memory, one of which is made here."""
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)

@@ -1,7 +1,8 @@
-"""What of a plan is compiled: steps of its phases, and segments.
+"""The compiled parts of a plan: steps of its phases, and segments.
 
 The layouts of tensors are known only once they have been computed. So the first pass of a plan runs operator
-by operator and notes what it meets. That is compiled before the next pass, while no limit on memory holds.
+by operator and notes the layouts that it meets. Steps and segments are compiled for these before the next
+pass, while no limit on memory is in force.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ class Compiled:
         return self.steps.num_compiled + self.segments.num_compiled
 
     def prepare(self, device: torch.device, casts: torch.dtype | None) -> None:
-        """Compile what earlier passes have met.
+        """Compile the steps and segments that earlier passes have met.
 
-        What cannot be compiled still runs operator by operator, and a warning says so. If there is no
+        Parts that cannot be compiled still run operator by operator, and a warning says so. If there is no
         compiler, nothing more is tried.
 
         Parameters
@@ -43,7 +44,7 @@ class Compiled:
         device
             Where passes run.
         casts
-            What autocast casts to there; ``None`` for no casts.
+            Element type to which autocast casts there; ``None`` for no casts.
         """
         if self._refusal is not None:
             warnings.warn(f"compile=True: nothing is compiled of this model: {self._refusal}", stacklevel=2)
@@ -68,7 +69,7 @@ class Compiled:
         self._is_over, self._refusal = True, reason
 
     def give_up(self) -> bool:
-        """Run everything operator by operator from now on; whether anything was compiled."""
+        """Run everything operator by operator from now on; return whether anything was compiled."""
         was_compiled, self._is_over = self.num_parts > 0, True
         self.steps.drop()
         self.segments.drop()
@@ -76,7 +77,7 @@ class Compiled:
 
 
 def _warning(failures: Sequence[tuple[Candidate, Exception]], num_tried: int, *, nothing_more: bool) -> str:
-    """The warning about what could not be compiled."""
+    """The warning about parts that could not be compiled."""
     (first, error), *_ = failures
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     if nothing_more:

@@ -17,7 +17,7 @@ from streamcnn.graph.program import Kind, Program
 from streamcnn.plan.plan import Segment
 
 _MOST = 4
-"""Layouts of its inputs that a segment is compiled for, at most."""
+"""The most layouts of its inputs for which a segment is compiled."""
 
 
 class _Kind(NamedTuple):
@@ -29,7 +29,7 @@ class _Kind(NamedTuple):
 
 
 class CompiledSegments:
-    """What is compiled of the segments of one plan."""
+    """The compiled segments of one plan."""
 
     def __init__(self, program: Program, compile_module: Compile) -> None:
         self._program = program
@@ -46,7 +46,7 @@ class CompiledSegments:
         return len(self._compiled)
 
     def call(self, segment: Segment) -> SegmentCall | None:
-        """What a segment reads and gives in the present grad mode; ``None`` if nothing is compiled for it."""
+        """A segment's call in the present grad mode; ``None`` if it is not known or nothing is compiled."""
         return self._calls.get((segment.level, torch.is_grad_enabled())) if self._compiled else None
 
     def run(self, segment: Segment, inputs: Sequence[Tensor]) -> Sequence[Tensor] | None:
@@ -58,7 +58,7 @@ class CompiledSegments:
             return run(*inputs)
 
     def note(self, segment: Segment, call: SegmentCall, inputs: Sequence[Tensor]) -> None:
-        """A segment was evaluated operator by operator."""
+        """Note the layouts of a segment that was evaluated operator by operator."""
         kind = _kind(segment, inputs)
         alike = {each for each in self._tried | self._met if each[:2] == kind[:2]}
         if call.results and inputs and kind not in self._tried and len(alike) < _MOST:
@@ -66,7 +66,7 @@ class CompiledSegments:
             self._met.add(kind)
 
     def candidates(self, device: torch.device, casts: torch.dtype | None) -> list[Candidate]:
-        """What was met since the last call; arguments as of `CompiledSteps.candidates`."""
+        """The segments met since the last call; the arguments are those of `CompiledSteps.candidates`."""
         met = sorted(self._met, key=lambda kind: kind.level)
         self._met.clear()
         return [Candidate(f"segment {k.level}", partial(self._compile_one, k, device, casts)) for k in met]
@@ -89,7 +89,7 @@ def _kind(segment: Segment, inputs: Sequence[Tensor]) -> _Kind:
 
 
 class _SegmentModule(nn.Module):
-    """The values of a segment as a function of what it reads, in the order of its call."""
+    """The values of a segment as a function of its inputs, in the order of its call."""
 
     def __init__(self, program: Program, call: SegmentCall) -> None:
         super().__init__()

@@ -25,20 +25,20 @@ from streamcnn.graph.autocast import autocast
 from streamcnn.graph.schemas import operator_name
 
 _KINDS = 4
-"""Kinds of tiles compiled for each phase and direction, the commonest: the others are few tiles."""
+"""The number of kinds of tiles, the commonest, compiled per phase and direction; the rest are few tiles."""
 _MOST = 1024
-"""Steps that are tracked: there are more only where each tile is a kind of its own."""
+"""Steps that are tracked: there are more only where each tile is its own kind."""
 
 
 class CompiledSteps:
-    """Makes what carries out the steps of one plan, in place of :func:`compute_eagerly`."""
+    """Makes the functions that compute the steps of one plan, in place of :func:`compute_eagerly`."""
 
     def __init__(self, compile_module: Compile) -> None:
         self._compile = compile_module
         self._kinds: dict[int, _Kind] = {}
 
     def __call__(self, step: Step) -> Compute:
-        """What carries out a step: the compiled form, if there is one for its inputs' layouts."""
+        """The function that computes a step, compiled if it is for its inputs' layouts."""
         # By identity: steps are kept with the plan, and comparing them may take longer than a tile.
         if id(step) not in self._kinds and len(self._kinds) >= _MOST:
             return compute_eagerly(step)
@@ -50,12 +50,12 @@ class CompiledSteps:
         return sum(len(kind.compiled) for kind in self._all_kinds())
 
     def candidates(self, device: torch.device, casts: torch.dtype | None) -> list[Candidate]:
-        """What is worth compiling of what was met since the last call.
+        """The steps worth compiling among those met since the last call.
 
         Parameters
         ----------
         device, casts
-            Where steps run, and what autocast casts to there; ``None`` for no casts.
+            Where steps run, and the element type to which autocast casts there; ``None`` for no casts.
         """
         groups: dict[str, list[_Kind]] = {}
         for kind in self._all_kinds():
@@ -82,7 +82,7 @@ class _Kind:
 
     step: Step
     met: Counter[Placements] = field(default_factory=Counter)
-    """How often it met inputs of layouts that it is not compiled for yet."""
+    """How often each layout of inputs was met that was not tried to compile yet."""
     tried: set[Placements] = field(default_factory=set)
     compiled: dict[Placements, Compute] = field(default_factory=dict)
 
@@ -98,13 +98,13 @@ class _Kind:
     def compile(
         self, inputs: Placements, device: torch.device, casts: torch.dtype | None, compile_module: Compile
     ) -> None:
-        """Compile it for inputs of these layouts. That is tried once, whether it succeeds or not."""
+        """Compile the step for inputs of these layouts. This is tried once, whether it succeeds or not."""
         self.tried.add(inputs)
         self.compiled[inputs] = _compiled(self.step, inputs, device, casts, compile_module)
 
 
 def _commonest(kinds: list[_Kind]) -> list[tuple[_Kind, Placements]]:
-    """What one phase met most often in one direction, up to the number that is compiled."""
+    """The kinds and layouts that a phase met most often in one direction, up to the number compiled."""
     met = [(count, kind, inputs) for kind in kinds for inputs, count in list(kind.met.items())]
     for kind in kinds:
         kind.met.clear()
@@ -122,8 +122,8 @@ def _compiled(
 ) -> Compute:
     """A step as one compiled function.
 
-    It is recorded on tensors without memory, so operators with a faster form for real tensors are recorded in
-    their plain form, which can be compiled together with their neighbours.
+    The step is recorded on tensors without memory, so operators with a faster form for real tensors are
+    recorded in their plain form, which can be compiled together with their neighbours.
 
     Raises
     ------
@@ -156,7 +156,7 @@ def _compiled(
         values = iter([next(found) if constant is None else constant for constant in constants])
         results = pytree.tree_unflatten([next(values) if there else None for there in is_there], structure)
         del found, values
-        # One by one, so that each can be freed once it was handed over.
+        # One by one, so that each can be freed once it is handed over.
         while results:
             yield results.pop(0)
 
@@ -164,12 +164,12 @@ def _compiled(
 
 
 def _take_constants(graph: GraphModule) -> list[Tensor | None]:
-    """Take results that are constants out of a graph.
+    """Remove results that are constants from a graph.
 
     Returns
     -------
     list of Tensor or None
-        Each result that was taken out; ``None`` for those that are left.
+        Each result that was removed; ``None`` for those that are left.
     """
     (end,) = graph.graph.find_nodes(op="output")
     (results,) = end.args

@@ -1,4 +1,4 @@
-"""What compiles a function of tensors, and the layouts that it is compiled for."""
+"""The compiler of functions of tensors, and the layouts for which they are compiled."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Placement(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> Placement:
-        """That of a tensor."""
+        """The placement of a tensor."""
         return cls(tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
 
     def empty(self) -> Tensor:
@@ -43,19 +43,19 @@ Compile: TypeAlias = Callable[[nn.Module, list[Tensor]], Run]
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """Something that can be compiled."""
+    """A part of a pass that can be compiled."""
 
     name: str
-    """For messages to the user."""
+    """The part's name in messages to the user."""
     compile: Callable[[], None]
 
 
 class CannotCompile(Exception):
-    """There is no compiled form of what is asked for."""
+    """A part of a pass cannot be compiled."""
 
 
 def refuse_opaque(nodes: Iterable[Node]) -> None:
-    """Refuse operators of which a recording would miss a part.
+    """Refuse operators of which a recorded graph would miss a part.
 
     Raises
     ------
@@ -68,13 +68,14 @@ def refuse_opaque(nodes: Iterable[Node]) -> None:
 
 
 def by_inductor(module: nn.Module, inputs: list[Tensor]) -> Run:
-    """A module compiled by Inductor, as ``torch.compile`` does it, but in the layouts that its inputs have.
+    """Compile a module by Inductor, as ``torch.compile`` does, but keep the layouts of its inputs.
 
-    Its random numbers are those that PyTorch draws without a compiler. Where inputs have gradients, so have
-    its results, and its backward pass, which takes place outside of autocast, is compiled with it.
+    The compiled module draws the same random numbers as PyTorch without a compiler. If inputs have gradients,
+    so have its results, and its backward pass, which runs outside of autocast, is compiled with it.
 
-    Autotuning is off. On a GPU it would time several forms of each kernel when that first runs: in a pass,
-    beside its maps and within its limit, with a buffer of the cache's size and copies of what it overwrites.
+    Autotuning is off. On a GPU it would time several forms of each kernel when the kernel first runs: in a
+    pass, beside its maps and within its limit, with a buffer of the cache's size and copies of the tensors
+    that the kernel overwrites.
     """
     from torch._functorch import config
     from torch._inductor import compile as compile_graph

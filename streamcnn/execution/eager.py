@@ -10,5 +10,5 @@ from streamcnn.execution.step import Compute, Step
 
 
 def compute_eagerly(step: Step) -> Compute:
-    """A step carried out by PyTorch's operators, one after the other."""
+    """The function that computes a step by PyTorch's operators, one after the other."""
     return partial(run_forward if step.direction == "forward" else run_backward, step)

@@ -1,4 +1,4 @@
-"""What surrounds a tile's computation: its inputs gathered, its outputs scattered.
+"""Gather the inputs of a tile's computation, and scatter its outputs.
 
 Only here do a tile's tensors meet stores, images and global values.
 """
@@ -31,7 +31,7 @@ class Tile:
 
     @property
     def kind(self) -> TileKind:
-        """What it has in common with tiles that are computed alike."""
+        """The kind of the tile, which tiles computed alike share."""
         return self.phase.kind(self.row, self.col)
 
     def own(self, name: str) -> Region:
@@ -39,7 +39,7 @@ class Tile:
         return self.phase.own(self.row, self.col, name)
 
     def needed(self, name: str) -> Region:
-        """What the tile needs of a map."""
+        """The region that the tile needs of a map."""
         return self.phase.needed(self.row, self.col, name)
 
 
@@ -56,13 +56,13 @@ class Exchange:
     def gather(self, step: Step, tile: Tile, ahead: Sequence[Incoming] = ()) -> list[Tensor]:
         """The step's inputs for a tile, in a list that the caller may change; their memory may be a store's.
 
-        ``ahead`` are the same inputs, if they were prepared.
+        ``ahead`` has the same inputs, if :meth:`prepare` was called for the tile.
         """
         incoming = ahead or (self._incoming(each, tile, step) for each in step.inputs)
         return [each.tile() for each in incoming]
 
     def prepare(self, step: Step, tile: Tile) -> list[Incoming]:
-        """The step's inputs for a tile, to be read while the tile before it is computed."""
+        """Prepare the step's inputs for a tile, to be read while the tile before it is computed."""
         return [self._incoming(each, tile, step) for each in step.inputs]
 
     def _incoming(self, wanted: Input, tile: Tile, step: Step) -> Incoming:
@@ -80,7 +80,7 @@ class Exchange:
                 return Deferred(partial(self._term, name, wanted.index))
 
     def _value(self, name: str, step: Step) -> Tensor:
-        """A global value in the type that a step takes it in."""
+        """A global value in the element type that a step takes."""
         value: Tensor = self._global_graph.values[name]
         if name not in step.casts:
             return value
@@ -89,11 +89,11 @@ class Exchange:
         return self._cast[name]
 
     def _term(self, reduction: str, index: int) -> Tensor:
-        """One of the terms that the gradient of a reduction's results is computed from."""
+        """One of the terms from which the gradient of a reduction's operand is computed."""
         return self._global_graph.gradient_terms[reduction][index]
 
     def scatter(self, step: Step, tile: Tile, outputs: Iterable[Computed]) -> None:
-        """Pass on what was computed for a tile, each output before the next one is asked for."""
+        """Write or combine a tile's outputs, each before the next one is asked for."""
         made = iter(outputs)
         for output in step.outputs:
             self._hand_on(output, tile, next(made))
@@ -112,16 +112,16 @@ class Exchange:
                 self._combiner.add_map_gradient(name, _in_whole(output.part, tile.needed(name)), value)
 
     def end_phase(self) -> None:
-        """Drop what only the tiles of one phase need."""
+        """Drop the cast values, which only the tiles of one phase need."""
         self._cast.clear()
 
 
 def fetch(incoming: Iterable[Incoming]) -> None:
-    """Start to bring prepared inputs."""
+    """Begin to bring prepared inputs to the device."""
     for each in incoming:
         each.fetch()
 
 
 def _in_whole(part: Region, needed: Region) -> Region:
-    """A part of what a tile needs, in positions of the whole map."""
+    """Convert a part of a tile's needed region to positions of the whole map."""
     return Region(part.rows.shift(needed.rows.start), part.cols.shift(needed.cols.start))

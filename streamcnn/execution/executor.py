@@ -1,12 +1,12 @@
 """Carry out a plan: forward tile by tile, then backward phase by phase.
 
-Forward, each tile of a phase gives its own part of each checkpoint and partial results of the reductions.
-Backward, phases in reverse, it is computed again with autograd on and differentiated given the gradients of
-its own parts; what it gives are gradients of its inputs, which add up where halos overlap. What a tile
-computes is a :class:`~streamcnn.execution.step.Step`. Checkpoints that were dropped are written again, as in
-the forward pass, before the first phase that needs them.
+In the forward pass, each tile of a phase gives its own part of each checkpoint and partial results of the
+reductions. The backward pass runs the phases in reverse. It computes each tile again with autograd on, and
+differentiates it given the gradients of its own parts. The results are gradients of the tile's inputs, which
+add up where halos overlap. A :class:`~streamcnn.execution.step.Step` says what a tile computes. Dropped
+checkpoints are written again, as in the forward pass, before the first phase that needs them.
 
-Everything that is decided is in the plan; nothing of the user's module is changed here.
+All decisions are in the plan, and nothing here changes the user's module.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from streamcnn.plan.plan import PassPart, Phase, Plan, StepShape, TileKind
 from streamcnn.stores import Incoming, PlainTransfers, Store, Transfers
 
 _STEPS = 64
-"""Steps of a phase that are kept: there are more kinds of tiles only where each is a kind of its own."""
+"""Steps of a phase that are cached: there are more kinds of tiles only where each tile is its own kind."""
 
 
 AGAIN = "phase again"
-"""The part of an event in which a phase rematerialises maps."""
+"""`PassEvent.part` of an event in which a phase rematerialises maps."""
 
 
 @dataclass(frozen=True, slots=True)
 class PassEvent:
-    """A part of a pass begins or ends; parts do not overlap."""
+    """The beginning or end of a part of a pass; parts do not overlap."""
 
     part: str
     """``"phase"``; `AGAIN`, if the backward pass runs a phase of the forward pass again for maps that were
@@ -56,16 +56,16 @@ class PassEvent:
 
 
 Observer = Callable[[PassEvent], None]
-"""Told of every event, in the thread that runs the pass."""
+"""Called with every event, in the thread that runs the pass."""
 
 
 @dataclass(frozen=True, slots=True)
 class PhaseReport:
-    """What one pass over one phase took."""
+    """Tiles, seconds and bytes of one run of a phase."""
 
     level: int
     direction: str
-    """``"forward"``, ``"backward"``, or ``"again"`` for what is rematerialised in the backward pass."""
+    """``"forward"``, ``"backward"``, or ``"again"`` for a phase that rematerialises maps."""
     num_tiles: int
     seconds: float
     bytes_read: int
@@ -73,12 +73,12 @@ class PhaseReport:
 
 
 def _nothing(of: PassPart | StepShape) -> None:
-    """What is done before a part or after a step by default."""
+    """Do nothing: the default before a part and after a step."""
 
 
 @dataclass(frozen=True, slots=True)
 class PassHooks:
-    """What is called as a pass goes on, in the thread that runs it."""
+    """Functions to call in the course of a pass, in the thread that runs it."""
 
     before_part: Callable[[PassPart], None] = _nothing
     """Called before the tiles of a phase and before a segment, in each direction."""
@@ -86,7 +86,7 @@ class PassHooks:
     """Called with the step's shape after each tile of a phase and after each segment. It may end the pass by
     raising."""
     observer: Observer | None = None
-    """Told when parts of the pass begin and end."""
+    """Called when parts of the pass begin and end."""
 
 
 _NO_HOOKS = PassHooks()
@@ -104,15 +104,15 @@ class Execution:
     open_store
         Opens the stores of the pass.
     transfers
-        What moves tiles to and from these stores; nothing overlaps by default.
+        Moves tiles to and from these stores; nothing overlaps by default.
     steps
         The plan's steps, if an earlier pass has made some.
     make_compute
-        Makes what carries out a step.
+        Makes the function that computes a step.
     runner
-        Carries out segments where it can; else they run operator by operator.
+        Carries out segments where it can; otherwise they run operator by operator.
     hooks
-        What is called as the pass goes on.
+        Functions to call in the course of the pass.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class Execution:
     # --- forward -------------------------------------------------------------------------------------
 
     def forward(self) -> dict[str, Tensor]:
-        """Run every phase and segment; the global values by name, the model's outputs among them."""
+        """Run every phase and segment; return the global values by name, the model's outputs among them."""
         try:
             for level in self._levels:
                 if level in self._phases:
@@ -190,7 +190,7 @@ class Execution:
     # --- backward ------------------------------------------------------------------------------------
 
     def backward(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gradients of the states and of the image by node name, given those of the model's outputs."""
+        """Run backward from the gradients of the outputs; return those of states and image by node name."""
         try:
             for name, gradient in gradients.items():
                 self.global_graph.accumulate(name, gradient)
@@ -229,11 +229,11 @@ class Execution:
             with self._timed(phase, "backward"):
                 make_step = partial(self._steps.backward, phase, self._arrivals(phase))
                 self._run_tiles(phase, "backward", make_step)
-        # The phase was the last reader of what it stored.
+        # The phase was the last reader of the maps that it stored.
         self._maps.free(phase.stored)
 
     def _arrivals(self, phase: Phase) -> Arrivals:
-        """The gradients that have come to a phase: all of them, as all later phases are done."""
+        """The gradients that a phase has received, which are all, since all later phases are done."""
         with_gradient, terms = self._maps.with_gradient, self.global_graph.gradient_terms
         return Arrivals(
             maps=frozenset(name for name in phase.stored if name in with_gradient),
@@ -250,7 +250,7 @@ class Execution:
             step = make_step(kind)
             return step, self._make_compute(step)
 
-        # A cast that is cached would keep the graph of the tile that made it.
+        # A cached cast would keep the graph of the tile that made it alive.
         with torch.no_grad(), autocast(self.device, self.autocast, cache=direction != "backward"):
             tiles = [Tile(phase, row, col) for row, col in self._combiner.tiles(phase)]
             overlaps = (direction, phase.level) in self.plan.overlapped
@@ -273,7 +273,7 @@ class Execution:
 
     @property
     def results(self) -> dict[str, Store]:
-        """The stores of results that stay stored after the forward pass, until this is closed."""
+        """The stores of results that stay stored after the forward pass, until the execution is closed."""
         return {name: self._maps.store(operand) for name, operand in self.program.results.items()}
 
     @property
@@ -305,7 +305,7 @@ class Execution:
 
     @contextmanager
     def _observed(self, part: str, level: int, direction: str) -> Iterator[None]:
-        """Tell the observer when a part begins and when it ends or fails; late checks are made at the end."""
+        """Tell the observer when a part begins and when it ends or fails; run late checks at its end."""
         observer = self._hooks.observer
         if observer is None:
             with checked_at_the_end():

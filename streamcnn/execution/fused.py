@@ -1,7 +1,7 @@
 """Steps with fused operators, where one pass over a map replaces several.
 
-Steps are fused and not the program: what a plan stores, computes again and holds is that of single operators,
-and a fused one holds no more than those that it replaces.
+Operators are fused in steps and not in the program. Plans are made for single operators, and a fused operator
+holds no more memory than those that it replaces.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from streamcnn.graph.ops.rules import Call
 
 
 def with_fused_operators(step: Step) -> Step:
-    """The step with one operator for each run that has a fused form, in the place of the run's last."""
+    """The step with one operator for each run that has a fused form, in place of the run's last operator."""
     operators = {operator.node.name: operator for operator in step.operators}
     releases = dict(step.releases)
     for nodes in list(runs([operator.node for operator in step.operators], step.owned)):

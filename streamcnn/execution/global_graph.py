@@ -1,8 +1,8 @@
 """The global values of a pass: evaluated once, differentiated segment by segment.
 
-A segment holds the global values of one level. Within it ordinary autograd runs; what enters it from
-elsewhere is a leaf, so that in the backward pass a segment can be differentiated once all later phases have
-delivered their gradients, before any earlier one does.
+A segment holds the global values of one level. Ordinary autograd runs within it, and values from elsewhere
+are leaves. So the backward pass can differentiate a segment once all later phases have delivered their
+gradients, and before any earlier phase runs.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class SegmentCall(NamedTuple):
     """A segment as a function of tensors."""
 
     leaves: tuple[str, ...]
-    """Global values of other segments and states that it reads."""
+    """Global values of other segments, and states, that the segment reads."""
     barriers: tuple[tuple[str, int], ...]
-    """Its reductions and gathers, each with the number of its results."""
+    """The segment's reductions and gathers, each with the number of its results."""
     nodes: tuple[str, ...]
-    """What it computes, in order."""
+    """The nodes that it computes, in order."""
     results: tuple[str, ...]
-    """Those of its values that are read outside of the segment."""
+    """Its values that are read outside of the segment."""
     gathered: tuple[str, ...]
     """Gathered maps that are read outside of the segment."""
 
@@ -42,13 +42,13 @@ class SegmentRunner(Protocol):
     """Carries out segments in another way than operator by operator, where it can."""
 
     def call(self, segment: Segment) -> SegmentCall | None:
-        """What it reads and gives; ``None`` if it cannot run here in the present grad mode."""
+        """The segment's call; ``None`` if the runner cannot carry it out in the present grad mode."""
 
     def run(self, segment: Segment, inputs: Sequence[Tensor]) -> Sequence[Tensor] | None:
-        """The results, given leaves and results of barriers; ``None`` if it cannot run on such as these."""
+        """The results, given leaves and results of barriers; ``None`` if it cannot run on such inputs."""
 
     def note(self, segment: Segment, call: SegmentCall, inputs: Sequence[Tensor]) -> None:
-        """A segment was carried out operator by operator."""
+        """Note that a segment was carried out operator by operator."""
 
 
 def evaluate(node: Node, value_of: Callable[[str], Any]) -> Any:
@@ -101,15 +101,15 @@ class GlobalGraph:
         """Detached values by node name; states included."""
         self.gradients: dict[str, Tensor] = {}
         self.gradient_terms: dict[str, Results] = {}
-        """By reduction whose results have gradients, once its segment has been differentiated: what tiles
-        compute their gradients from."""
+        """By reduction whose results have gradients, once its segment has been differentiated: the terms from
+        which tiles compute their gradients."""
         self._last_uses = _last_uses(program, levels)
         self._summed: set[str] = set()
         """Names whose gradient is a sum made here."""
         self._records: dict[int, _Record] = {}
 
     def run(self, segment: Segment, barrier: Callable[[Node], Results], *, record: bool) -> None:
-        """Evaluate a segment; ``barrier`` gives the results of its reductions and gathers."""
+        """Evaluate a segment; ``barrier`` returns the results of its reductions and gathers."""
         current = _Record()
         with torch.set_grad_enabled(record):
             if not self._run_otherwise(segment, current, barrier):
@@ -144,7 +144,7 @@ class GlobalGraph:
         return current.barriers[node.name]
 
     def _gathered(self, node: Node, current: _Record, barrier: Callable[[Node], Results]) -> Results:
-        """A whole map, kept alive only by its readers and what autograd saves for them."""
+        """A whole map, kept alive only by its readers and by tensors that autograd saves for them."""
         (whole,) = barrier(node)
         end = self._leaf(node.name, whole.new_empty(()).expand(whole.shape))
         current.barriers[node.name] = (end,)
@@ -157,7 +157,7 @@ class GlobalGraph:
         return current.leaves[name]
 
     def _run_otherwise(self, segment: Segment, current: _Record, barrier: Callable[[Node], Results]) -> bool:
-        """Let the runner carry the segment out, if it can; whether it did."""
+        """Let the runner carry the segment out, if it can; return whether it did."""
         call = None if self._runner is None else self._runner.call(segment)
         if self._runner is None or call is None:
             return False
@@ -201,20 +201,20 @@ class GlobalGraph:
         elif name in self._summed:
             known.add_(gradient)
         else:
-            # The first one may be shared with whoever passed it, so it is not added to in place. Nor is it
-            # summed in half precision, which would lose the shares of many tiles.
+            # The caller may share the first gradient, so nothing is added to it in place. Nor is it summed
+            # in half precision, which would lose the shares of many tiles.
             self.gradients[name] = known.to(sum_dtype(known.dtype)) + gradient
             self._summed.add(name)
 
     def take(self, name: str) -> Tensor:
-        """The gradient of a global value; it is dropped here."""
+        """Remove and return the gradient of a global value."""
         gradient = self.gradients.pop(name)
         self._summed.discard(name)
         spec = self.program.nodes[name].spec
         return gradient.to(spec.dtype) if isinstance(spec, TensorSpec) else gradient
 
     def backward(self, level: int) -> dict[str, Tensor]:
-        """Differentiate the segment of ``level``; the gradients of its gathers by name."""
+        """Differentiate the segment of ``level``; return the gradients of its gathers by name."""
         record = self._records.pop(level, None)
         if record is None:
             return {}
@@ -256,14 +256,14 @@ class GlobalGraph:
 
 
 def _inputs(record: _Record) -> list[Tensor]:
-    """What a segment reads: leaves, then results of barriers."""
+    """The inputs of a segment: leaves, then results of barriers."""
     return [*record.leaves.values(), *chain(*record.barriers.values())]
 
 
 def _last_uses(program: Program, levels: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
-    """For each global value, those that it is the last to read and that nothing else needs.
+    """For each global value, the values of which it is the last reader and that nothing else needs.
 
-    What a map reads too, or the model returns, stays until the backward pass.
+    Values that a map reads too, or that the model returns, stay until the backward pass.
     """
     asked = {*program.output_names, *program.updates.values()}
     last: dict[str, str] = {}

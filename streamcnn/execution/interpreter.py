@@ -1,7 +1,7 @@
-"""The eager implementation of what a step computes: PyTorch's operators, one after the other.
+"""The eager implementation of a step's computation: PyTorch's operators, one after the other.
 
-Nothing here is decided: which operators run on which parts is read from the step. The same code evaluates
-them forward, without autograd, and backward, with it.
+The step says which operators run on which parts; nothing is decided here. The same code evaluates them in
+forward steps, without autograd, and in backward steps, with it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class TileRun:
 
     step: Step
     values: dict[str, Tensor]
-    """What operators read: at first the step's inputs, then their own values too."""
+    """Values that operators read: at first the step's inputs, then the operators' own values too."""
     parts: Mapping[tuple[str, Region], Tensor] = field(default_factory=dict)
-    """Parts of input maps that have been cut out already."""
+    """Parts of input maps that have been cropped already."""
 
     def evaluate(self) -> Iterator[str]:
-        """Evaluate the operators in order, and yield the name of each once its value is among the values.
+        """Evaluate the operators in order, and yield the name of each once its value is in ``values``.
 
         Each value is dropped after its last use.
         """
@@ -43,7 +43,7 @@ class TileRun:
                 del self.values[dead]
 
     def evaluate_operator(self, operator: Operator) -> Tensor:
-        """The value of one operator where the tile needs it."""
+        """The value of one operator on the region that the tile needs."""
         node = operator.node
         assert node.local is not None
         fill = node.local.fill
@@ -90,7 +90,7 @@ def run_forward(step: Step, inputs: list[Tensor]) -> Iterator[Computed]:
 
 
 def _outputs_of(part: OwnPart, value: Tensor) -> Iterator[Computed]:
-    """What a forward step gives of a map, in the order of its outputs."""
+    """The outputs of a forward step for a map, in the step's order."""
     share = crop(value, part.axes, part.covered, part.own)
     if part.is_stored:
         yield share

@@ -41,9 +41,9 @@ class Maps:
     Parameters
     ----------
     images
-        By node name: the image, and what is read by regions beside it.
+        By node name: the image, and maps that are read by regions beside it.
     values
-        The global values of the pass, as far as they are known.
+        The global values of the pass computed so far.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Maps:
         self._gradients: dict[str, Store] = {}
 
     def read(self, name: str, part: Region) -> Tensor:
-        """A region of a map; not to be written to."""
+        """A region of a map, which the caller must not write to."""
         node = self._program.nodes[name]
         if node.kind is Kind.IMAGE:
             return self._images[name].read(part)
@@ -73,7 +73,7 @@ class Maps:
         return self._checkpoints[name].read(part)
 
     def reserve(self, name: str, part: Region) -> Incoming:
-        """The same, but the values of a stored map may arrive while something else is computed."""
+        """Like :meth:`read`, but the values of a stored map may arrive while something else is computed."""
         if name in self._checkpoints:
             return self._checkpoints[name].reserve(part)
         return Deferred(partial(self.read, name, part))
@@ -84,7 +84,7 @@ class Maps:
             image.settle()
 
     def read_whole(self, name: str) -> Tensor:
-        """All of a map; not to be written to."""
+        """All of a map, which the caller must not write to."""
         return self.read(name, Region.whole(self._program.nodes[name].size))
 
     def open_checkpoint(self, name: str) -> None:
@@ -92,20 +92,20 @@ class Maps:
         self._checkpoints[name] = self._open(name, self._plan.stores[name].tier)
 
     def write(self, name: str, part: Region, tile: Tensor) -> None:
-        """Write a region of a checkpoint; the tile's values are not changed any more."""
+        """Write a region of a checkpoint; nobody may change the tile's values any more."""
         self._checkpoints[name].write(part, tile, may_keep=True)
 
     @property
     def with_gradient(self) -> list[str]:
-        """The maps that a gradient has come to."""
+        """The maps that have received a gradient."""
         return list(self._gradients)
 
     def reserve_gradient(self, name: str, part: Region) -> Incoming:
-        """A region of a gradient map, not to be written to; as of :meth:`reserve`."""
+        """Like :meth:`reserve`, for a region of a gradient map."""
         return self._gradients[name].reserve(part)
 
     def add_gradient(self, name: str, part: Region, gradient: Tensor, *, may_keep: bool = False) -> None:
-        """Add to a region of a map's gradient; ``may_keep`` as of :meth:`~streamcnn.stores.Store.add`."""
+        """Add to a region of a map's gradient; ``may_keep`` is as for :meth:`~streamcnn.stores.Store.add`."""
         if name not in self._gradients:
             planned = self._plan.stores.get(name)
             self._gradients[name] = self._open(name, planned.gradient_tier if planned else Tier.MEMORY)
@@ -116,7 +116,7 @@ class Maps:
         self.add_gradient(name, Region.whole(self._program.nodes[name].size), gradient)
 
     def take_gradient(self, name: str) -> Tensor:
-        """The whole gradient of a map; it is dropped here."""
+        """Remove and return the whole gradient of a map."""
         store = self._gradients.pop(name)
         gradient = store.read(Region.whole(self._program.nodes[name].size)).clone()
         store.close()
@@ -127,7 +127,7 @@ class Maps:
         return self._checkpoints[name]
 
     def free_read(self, level: int) -> None:
-        """Drop the checkpoints that nothing reads any more after the forward pass over ``level``."""
+        """Drop the checkpoints that nothing reads after the forward pass over ``level``."""
         for name in list(self._checkpoints):
             planned = self._plan.stores[name]
             if planned.last_reader <= level and not planned.kept:
@@ -142,14 +142,14 @@ class Maps:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of memory that the checkpoints take."""
+        """Bytes of memory, device or host, that the checkpoints take."""
         # A copy, since passes in other threads ask too.
         stores = list(self._checkpoints.items())
         return sum(s.spec.nbytes for name, s in stores if self._plan.stores[name].tier is not Tier.DISK)
 
     @property
     def bytes_moved(self) -> tuple[int, int]:
-        """Bytes read and written so far, of the stores that are open."""
+        """Bytes read from and written to the open stores so far."""
         read = written = 0
         # A plain loop, since it runs around every phase.
         for stores in (self._checkpoints, self._gradients):
@@ -159,7 +159,7 @@ class Maps:
         return read, written
 
     def close(self) -> None:
-        """Free every store, also where one of them fails. Closing again does nothing."""
+        """Free every store, even if one of them fails. Closing again does nothing."""
         with ExitStack() as closing:
             for stores in (self._checkpoints, self._gradients):
                 while stores:

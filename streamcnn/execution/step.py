@@ -1,10 +1,10 @@
-"""A step: what is computed for the tiles of one kind of a phase, in one direction.
+"""Steps: the computation for the tiles of one kind of a phase, in one direction.
 
-A tile is carried out in three parts. *Gather* reads the step's inputs: regions of maps, global values, the
-gradients that have come to the tile. *Compute* turns them into the step's outputs, tensors into tensors.
-*Scatter* writes, merges and adds those to what other tiles gave. A step says what compute has to do. It is
-built from the plan, the kind of tile, and which gradients have come to the phase. So whatever computes it
-knows no store and no plan, and may be made once for all tiles of the kind.
+A tile is carried out in three parts. *Gather* reads the step's inputs: regions of maps, global values, and
+gradients that the tile's outputs have received. *Compute* turns these tensors into the step's outputs, which
+are tensors too. *Scatter* writes the outputs, or merges or adds them to those of other tiles. A step says
+what *compute* has to do. It is built from the plan, the kind of tile, and the gradients that the phase has
+received. So the function that computes it knows no store and no plan, and one serves all tiles of the kind.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class Source(Enum):
     """Where an input comes from."""
 
     MAP = "map"
-    """What the tile needs of one of the phase's input maps."""
+    """The part that the tile needs of one of the phase's input maps."""
     VALUE = "global value"
     GRADIENT = "gradient"
-    """The gradient that has come to a stored map, on the tile's own part."""
+    """The gradient that a stored map has received, on the tile's own part."""
     STORED = "stored values"
     """A stored map itself, on the tile's own part."""
     TERM = "term of a gradient"
-    """What a reduction's gradient is computed from, the same at every tile."""
+    """A term from which a reduction's gradient is computed, the same for every tile."""
 
 
 class Sink(Enum):
@@ -46,7 +46,7 @@ class Sink(Enum):
     SHARE = "share"
     """The tile's own part of a stored map."""
     PARTIAL = "partial results"
-    """Those of a reduction, a tuple of tensors."""
+    """Partial results of a reduction, a tuple of tensors."""
     VALUE_GRADIENT = "gradient of a global value"
     MAP_GRADIENT = "gradient of a part of an input map"
 
@@ -57,9 +57,9 @@ class Input:
 
     source: Source
     name: str
-    """The node whose value it is, or that it belongs to."""
+    """The node whose value it is, or to which it belongs."""
     index: int = 0
-    """Which term."""
+    """Index of the term, for `Source.TERM`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,33 +69,33 @@ class Output:
     sink: Sink
     name: str
     part: Region | None = None
-    """Of an input map, in positions from the first that the tile needs of it."""
+    """For `Sink.MAP_GRADIENT`: the part of the input map, in positions from the first that the tile needs."""
 
 
 Computed = Tensor | tuple[Tensor, ...] | None
-"""An output: partial results are a tuple; ``None`` is a gradient where nothing flows."""
+"""An output: partial results are a tuple; ``None`` stands for a gradient where none flows."""
 Compute = Callable[[list[Tensor]], Iterable[Computed]]
 """Turns a step's inputs into its outputs, both in the step's order.
 
-It is a function of the inputs: called again with the same ones, it gives the same. It owns the list, and may
-empty it so that an input can be freed before the last output is there. It may also yield outputs one by one,
+It is a pure function: called again with the same inputs, it gives the same outputs. It owns the list, and may
+empty it so that an input can be freed before the last output is made. It may also yield outputs one by one,
 as they are made. It is called in ``no_grad`` mode, with autocast as it was when the pass began.
 """
 MakeCompute = Callable[["Step"], Compute]
-"""Makes what carries out a step; called once in a pass for each kind of tile that comes up."""
+"""Makes the function that computes a step; called once per run of a phase for each kind of tile."""
 
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """How an operator reads one of its map operands; positions count from the tile's first of the operand."""
+    """How an operator reads a map operand; positions count from the first that the tile has of it."""
 
     axes: Axes
     covered: Region
-    """What the tile has of the operand."""
+    """The region that the tile has of the operand."""
     part: Region
-    """What the operator reads of it."""
+    """The region that the operator reads."""
     window: Region
-    """The same with its padding, where the operator does not pad by itself."""
+    """``part`` with its padding, where the operator does not pad by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,20 +104,21 @@ class Operator:
 
     node: Node
     target: Callable[..., Any]
-    """What is called: the node's own target, or the form of it that overwrites its first operand."""
+    """The function to call: the node's own target, or the form of it that overwrites its first operand."""
     operands: Mapping[str, Operand]
-    """By name, the map operands; others are global values."""
+    """Map operands by name; other operands are global values."""
     out: Region
-    """What is needed of the value."""
+    """The region of the value that is needed."""
     result: Region
-    """What the target yields of it."""
+    """The region of the value that the target yields."""
     positions: Mapping[str, Region]
-    """Where in the whole map the tile lies, for targets that compute with it: more keyword arguments."""
+    """Further keyword arguments for targets that compute with positions: the tile's place in the map."""
     padding: tuple[int, int] | None
-    """What the target itself pads on either side, of rows and columns, in addition to the padding of windows;
+    """Rows and columns that the target itself pads on either side, in addition to the padding of windows;
     None if it is not told to pad."""
     is_skipped: bool
-    """Whether it is a convolution whose value is stored already, and read by no operator of the phase."""
+    """Whether the operator is a convolution whose value is stored already and which no operator of the phase
+    reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,17 +127,17 @@ class OwnPart:
 
     axes: Axes
     covered: Region
-    """What the tile has of the map; positions count from its first."""
+    """The region that the tile has of the map; positions count from its first."""
     own: Region
     place: Region
-    """The own part for the reductions: in the whole map if one of them computes with positions."""
+    """``own`` for the reductions: in the whole map if one of them computes with positions."""
     is_stored: bool
     reductions: Mapping[str, Reduction]
-    """Those that the map feeds; backward, those whose results have a gradient."""
+    """Reductions that the map feeds; in a backward step, those whose results have a gradient."""
     has_gradient: bool = False
-    """Whether a gradient has come to the stored map."""
+    """Whether the stored map has received a gradient."""
     num_terms: Mapping[str, int] = field(default_factory=dict)
-    """For each of the reductions, the terms of its gradient."""
+    """For each of the reductions, the number of terms of its gradient."""
 
     @property
     def reads_values(self) -> bool:
@@ -146,21 +147,21 @@ class OwnPart:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What is computed for the tiles of one kind, in one direction."""
+    """The computation for the tiles of one kind, in one direction."""
 
     level: int
     direction: Direction
     kind: TileKind
     operators: tuple[Operator, ...]
     owned: Mapping[str, OwnPart]
-    """Forward all maps of which the tile owns a part; backward those to which a gradient comes."""
+    """In a forward step, maps of which the tile owns a part; in a backward step, those with a gradient."""
     inputs: tuple[Input, ...]
     outputs: tuple[Output, ...]
     releases: Mapping[str, tuple[str, ...]]
-    """For each operator, the values that nothing after it reads; forward, input maps too."""
+    """For each operator, the values that nothing after it reads; in a forward step, input maps too."""
     consumed: frozenset[str]
     """Operators whose value another operator of the phase reads."""
     casts: Mapping[str, torch.dtype]
-    """Global values that are passed in another type: the one that autocast would cast them to."""
+    """Global values that are passed in another type, the one to which autocast would cast them."""
     parts: Mapping[str, tuple[Operand, ...]]
-    """Backward, the different parts of each input map that are read: each has a gradient of its own."""
+    """In a backward step, the different parts read of each input map, each of which has its own gradient."""

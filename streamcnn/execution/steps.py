@@ -1,4 +1,4 @@
-"""The steps of a plan, kept from pass to pass."""
+"""The steps of a plan, cached from pass to pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from streamcnn.graph.program import Program
 from streamcnn.plan.plan import Phase, Plan, TileKind
 
 _KEPT = 512
-"""Steps that are kept in each direction: there are more only where every tile is a kind of its own."""
+"""Steps that are cached in each direction: there are more only where every tile is its own kind."""
 
 
 class Steps:
@@ -37,7 +37,7 @@ class Steps:
         return self._forward(id(phase), kind)
 
     def backward(self, phase: Phase, arrivals: Arrivals, kind: TileKind) -> Step:
-        """The step that computes them again and differentiates them, given what has come to the phase."""
+        """The step that computes tiles of a kind again and differentiates them, given the arrivals."""
         return self._backward(id(phase), arrivals, kind)
 
 
