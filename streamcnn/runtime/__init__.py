@@ -1,1 +1,1 @@
-"""A user's module, streamed: kept captures and plans, passes, reports."""
+"""The streamed form of a user's module: cached captures and plans, passes, reports."""

@@ -1,4 +1,4 @@
-"""A module's arguments beside the image: stand-ins take the places of sources, which are read by regions."""
+"""A module's arguments beside the image, with stand-ins for sources, which are read by regions."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from streamcnn.data.sources import ImageSource
 class Arguments:
     """The arguments of a call after the image, with a tensor without memory in place of each source.
 
-    A source, or a list of sources as a batch, may be anywhere among them.
+    A source, or a list of sources as a batch, may be anywhere among the arguments.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     maps: Mapping[str, MapReader]
-    """What is read by regions, by its argument's key."""
+    """Readers of the sources, by the key of their argument."""
     passed: Mapping[int, Any]
     """The sources as they were passed, by the identity of their stand-ins."""
 
@@ -50,7 +50,7 @@ class Arguments:
             return tensor
 
         def without_sources(value: Any) -> Any:
-            # A list or dict without sources goes in as it is: the module may put something into it.
+            # A list or dict without sources is passed as it is: the module may put something into it.
             leaves = pytree.tree_leaves(value, is_leaf=_is_map)
             return pytree.tree_map(stood_in, value, is_leaf=_is_map) if any(map(_is_map, leaves)) else value
 
@@ -62,14 +62,14 @@ class Arguments:
         return cls(args, named, maps, passed)
 
     def restored(self, result: Any) -> Any:
-        """What a module returns, with the sources themselves in place of their stand-ins."""
+        """The result of a module, with the sources themselves in place of their stand-ins."""
         if not self.passed:
             return result
         return pytree.tree_map(lambda each: self.passed.get(id(each), each), result)
 
 
 def _is_map(value: Any) -> bool:
-    """Whether it is a source, or a batch of them."""
+    """Whether ``value`` is a source, or a batch of sources."""
     if isinstance(value, (list, tuple)):
         return len(value) > 0 and all(isinstance(each, ImageSource) for each in value)
     return isinstance(value, ImageSource)

@@ -18,7 +18,7 @@ class Streamed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, run: Pass, *anchors: Tensor) -> tuple[Tensor, ...]:
-        # The caller's hooks are for what this node saves, not for the graphs inside it.
+        # The caller's hooks are for the tensors that this node saves, not for the graphs inside it.
         with saved_tensors_hooks_aside():
             values = run.forward()
         names = run.output_names
@@ -28,7 +28,7 @@ class Streamed(torch.autograd.Function):
         ctx.places = [anchor.data_ptr() for anchor in run.anchors]
         # Aliases: the run keeps its values, and autograd makes an output keep the run.
         outputs = {name: values[name].detach() for name in names}
-        # What the user does to a result must not change what is computed from it later.
+        # Changes that the user makes to a result must not change values computed from it later.
         program, plan, present = run.current.program, run.current.plan, run.present_names
         read = {operand for node in program.nodes.values() for operand in node.operands}
         outputs |= {n: outputs[n].clone() for n in names if present[n] in read}

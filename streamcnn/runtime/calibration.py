@@ -1,7 +1,7 @@
 """The hardware profile of this machine: measured once in a few seconds, kept in the user's cache folder.
 
-The file is keyed by device, element type and how it is multiplied, number of threads, whether blocks are
-kept, and PyTorch's version; plans made with equal profiles are equal.
+The file's keys name the device, the element type and how it is multiplied, the number of threads, whether
+blocks are kept, and PyTorch's version. Plans made with equal profiles are equal.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from streamcnn.support.documents import conform, parse_json, read_regular
 VARIABLE = "STREAMCNN_CALIBRATION"
 """Environment variable: a file to keep profiles in, or "off" for the nominal one."""
 _LEAST = 1e-18
-"""The least of all rates and seconds; the most is one over it."""
+"""The least plausible value of rates and seconds; the largest is its inverse."""
 _METHOD = 9
-"""Counts up when what is timed changes: profiles that an earlier version kept are then measured again."""
+"""Version of the measurements: profiles that were kept under an earlier version are measured again."""
 
 
 def hardware_profile(device: torch.device, dtype: torch.dtype = torch.float32) -> HardwareProfile:
-    """The hardware profile of ``device`` for convolutions in ``dtype``: kept, or measured now.
+    """The hardware profile of ``device`` for convolutions in ``dtype``, from its file or measured now.
 
-    If the environment variable ``STREAMCNN_CALIBRATION`` is ``off``, it is the nominal one. Rates that make
-    no sense, such as those of a file that was cut off, are measured again. Where nothing can be kept in the
-    user's cache folder, this process measures for itself, and a warning says so.
+    If the environment variable ``STREAMCNN_CALIBRATION`` is ``off``, it is the nominal profile. Implausible
+    rates, and those of a truncated file, are measured again. If nothing can be kept in the user's cache
+    folder, this process measures for itself, and a warning says so.
 
     Raises
     ------
@@ -66,7 +66,7 @@ def hardware_profile(device: torch.device, dtype: torch.dtype = torch.float32) -
 
 
 _not_kept: dict[str, HardwareProfile] = {}
-"""What this process has measured and could not keep."""
+"""Profiles that this process has measured and could not keep, by key."""
 
 
 def _cache_file() -> Path:
@@ -80,7 +80,7 @@ def _cache_file() -> Path:
 
 
 def _kept(path: Path, key: str, device: torch.device, dtype: torch.dtype) -> HardwareProfile:
-    """Rates as a file has them; if it has none, they are measured and kept there."""
+    """The rates in a file; if it has none, measure them and keep them there."""
     known = _read(path)
     rates = _rates(known.get(key), path)
     if rates is None:
@@ -92,13 +92,13 @@ def _kept(path: Path, key: str, device: torch.device, dtype: torch.dtype) -> Har
 
 def _measured(key: str, device: torch.device, dtype: torch.dtype) -> HardwareProfile:
     rates = measured_rates(device, dtype, key)
-    # Plans do not count the memory that measuring has left cached.
+    # Plans do not count memory that measuring has left cached.
     ceiling_for(device).empty_cache()
     return rates
 
 
 def hardware_key(device: torch.device, dtype: torch.dtype) -> str:
-    """What the rates depend on."""
+    """A key of all that the rates depend on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     blocks = ", blocks kept" if keeps_blocks(device) else ""
     threads = torch.get_num_threads()
@@ -130,7 +130,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=4)
 def _parsed(path: Path, *version: int) -> dict[str, Any]:
-    """What a version of the file says; cached, since every pass asks and it hardly ever changes."""
+    """The content of a version of the file; cached, since every pass asks for it and it rarely changes."""
     try:
         content = read_regular(path, error=RatesUnusable)
         known = parse_json(content, path, error=_NoRates)
@@ -141,7 +141,7 @@ def _parsed(path: Path, *version: int) -> dict[str, Any]:
 
 
 def _check_writable(path: Path) -> None:
-    """Find out whether a file can be written before seconds go into what is to be in it."""
+    """Check that a file can be written before spending seconds on its content."""
     with _usable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(path.parent, os.W_OK):
@@ -154,7 +154,7 @@ def _write(path: Path, known: dict[str, Any]) -> None:
 
 
 def _rates(values: Any, path: Path) -> HardwareProfile | None:
-    """Rates as the file has them; None if they make no sense."""
+    """The rates of a file's entry; None if they are implausible."""
     try:
         known = conform(_Measured, values, path, error=_NoRates)
     except _NoRates:
@@ -163,7 +163,7 @@ def _rates(values: Any, path: Path) -> HardwareProfile | None:
 
 
 class _NoRates(StreamError):
-    """The file does not hold rates; they are then measured."""
+    """The file does not hold rates, so they are measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +182,7 @@ class _Measured(HardwareProfile):
 
 @contextmanager
 def _usable(path: Path) -> Iterator[None]:
-    """Turn the system's errors about the file into one error of ours."""
+    """Turn the system's errors about the file into `RatesUnusable`."""
     try:
         yield
     except RatesUnusable:

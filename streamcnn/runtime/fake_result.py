@@ -1,4 +1,4 @@
-"""What a module would return, by shapes alone."""
+"""The result that a module would return, as tensors without values."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.fakes import TRACING
 
 _MARK = 9
-"""Axes of extent 1 put before a result's own, to tell it from what hooks keep of a pass."""
+"""Axes of extent 1 put before a result's own, to tell it from tensors that hooks keep."""
 
 
 class _OneTensor(nn.Module):
-    """A module with the one tensor that it returns, or has under a key in its result, marked."""
+    """A module whose result is marked: the tensor that it returns, or the one under a key in its result."""
 
     def __init__(self, net: nn.Module, key: str | None) -> None:
         super().__init__()
@@ -82,15 +82,15 @@ def fake_result(
     *,
     prepare: Callable[[nn.Module], None] = lambda bare: None,
 ) -> Any:
-    """What ``net`` returns for an image of ``shape`` (N, C, H, W), with tensors without values.
+    """The result of ``net`` for an image of ``shape`` (N, C, H, W), as tensors without values.
 
-    It neither runs nor changes the module: a copy without values and without the caller's hooks is called, so
+    The module is neither run nor changed. A copy without values and without the caller's hooks is called, so
     hooks that change a result are not followed; :func:`captured_result` follows them.
 
     Parameters
     ----------
     args
-        What else goes into the module after the image.
+        The module's further arguments after the image.
     prepare
         Called with the copy before it runs.
 

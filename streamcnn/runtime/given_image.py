@@ -1,4 +1,4 @@
-"""The image of a call as users give it: by place or by name, or its shape for a plan."""
+"""The image of a call as users give it: by position or by name, or as a shape for a plan."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from streamcnn.data.reader import Image
 
 
 def image_by_name(net: nn.Module, kwargs: Mapping[str, Any]) -> tuple[Image, dict[str, Any]]:
-    """The image that was passed by the module's own name for it, and the other arguments.
+    """The image that was passed by the name of the module's first parameter, and the other arguments.
 
     Raises
     ------
@@ -29,7 +29,7 @@ def image_by_name(net: nn.Module, kwargs: Mapping[str, Any]) -> tuple[Image, dic
 
 
 def is_image(image: tuple[int, int, int, int] | Image) -> TypeGuard[Image]:
-    """Whether it is an image, and not the numbers of a shape."""
+    """Whether ``image`` is an image, and not the numbers of a shape."""
     return not isinstance(image, (tuple, list)) or not any(isinstance(each, Integral) for each in image)
 
 
@@ -53,9 +53,9 @@ def as_shape(shape: Any) -> tuple[int, int, int, int]:
 def like_image(image: Image, results: Any) -> Any:
     """The results of a module, as tensors of the image's class if that is a subclass of Tensor.
 
-    Plain PyTorch returns them so. In a pass some are of that class and some, read from stores, are not. A
-    class that says itself what functions do with it, as MONAI's MetaTensor does, gets each as a function's
-    result.
+    Plain PyTorch returns tensors of that class. In a pass some are of it, and others, read from stores, are
+    not. A class with its own ``__torch_function__``, such as MONAI's MetaTensor, gets each result as that of
+    a function of the image.
     """
     kind: Any = type(image)
     if not isinstance(image, Tensor) or kind is Tensor:
@@ -71,7 +71,7 @@ def _of_class(kind: type[Tensor], result: Tensor) -> Tensor:
 
 
 def _of_function(image: Tensor, result: Tensor) -> Any:
-    """What the image's class makes of the result of a function of the image."""
+    """The result as the image's class returns it from a function of the image."""
 
     def streamed(image: Tensor) -> Tensor:
         return result

@@ -1,4 +1,4 @@
-"""The machines that plans are made for: this one, and a card that need not be at hand."""
+"""The machines that plans are made for: this one, or a CUDA card that need not be present."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from streamcnn.runtime.rates import keeps_blocks
 from streamcnn.support.processes import processes_here
 
 CONTEXT_BYTES = 960 * 2**20
-"""What CUDA, its libraries and the margin take of a card that is not at hand: 765 to 780 MiB were measured on
-an H100 with PyTorch 2.11, the margin is 128, and the sum is rounded up to 64."""
+"""Bytes that CUDA, its libraries and the margin take of a card that is not present. On an H100 with PyTorch
+2.11 they took 765 to 780 MiB; the margin is 128 MiB, and the sum is rounded up to a multiple of 64 MiB."""
 _MEASURED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """Element types in which convolutions are timed; others are assumed to be as fast as the first."""
 
 
 def this_machine(device: torch.device, dtype: torch.dtype = torch.float32) -> Machine:
-    """This machine, computing on ``device`` in ``dtype``; its speed is measured if it never was."""
+    """This machine, computing on ``device`` in ``dtype``; its rates are measured if they are not known."""
     offload_tiers: tuple[OffloadTier, ...] = (OffloadTier(Tier.DISK, buffered=_share(buffered_file_bytes())),)
     if device.type == "cuda":
-        # When maps go to the disk, maps have taken the RAM that would buffer files.
+        # Maps go to the disk only when maps have taken the RAM that would buffer files.
         host = OffloadTier(Tier.HOST, _share(host_offload_bytes()))
         offload_tiers = (host, OffloadTier(Tier.DISK))
     hardware = hardware_profile(device, dtype if dtype in _MEASURED else _MEASURED[0])
@@ -46,12 +46,12 @@ def backend_of(device: torch.device) -> Backend:
 
 
 def cuda_card(net: nn.Module, *, host_bytes: int, optimizer_copies: int) -> Machine:
-    """A CUDA card that need not be at hand, as fast as nominal ones.
+    """A CUDA card that need not be present, with nominal rates.
 
     Parameters
     ----------
     host_bytes
-        Host RAM that maps may be offloaded to, bytes; what is left goes to the disk.
+        Bytes of host RAM to which maps may be offloaded; further maps go to the disk.
     optimizer_copies
         Numbers that the optimiser keeps for each parameter: 2 for Adam, 1 for momentum, 0 for plain SGD.
     """

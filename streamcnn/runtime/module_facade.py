@@ -1,4 +1,4 @@
-"""A module that passes for another one with whoever uses it."""
+"""A module that stands in for another one."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _SHARED = (
 
 
 class ModuleFacade(nn.Module):
-    """Has another module's parameters, buffers, ``state_dict`` keys, mode and attributes.
+    """A module with another one's parameters, buffers, ``state_dict`` keys, mode and attributes.
 
     It shares the registries of ``net``, so that names, keys and moves are the same, and forwards to ``net``
     the methods that modules often override. Attributes that a subclass sets before it calls ``__init__`` are
-    the subclass's own, whatever ``net`` has under these names; all others are those of ``net``.
+    the subclass's own, whatever ``net`` has under these names; all other attributes are those of ``net``.
 
     Raises
     ------
@@ -67,7 +67,7 @@ class ModuleFacade(nn.Module):
 
     @property
     def training(self) -> bool:
-        """The mode of ``net``, whoever has set it."""
+        """Whether ``net`` is in train mode."""
         return self.net.training
 
     @training.setter
@@ -91,19 +91,19 @@ class ModuleFacade(nn.Module):
         return self
 
     def parameters(self, *args: Any, **kwargs: Any) -> Iterator[nn.Parameter]:
-        """The module's own."""
+        """The module's own parameters."""
         return self.net.parameters(*args, **kwargs)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """The module's own."""
+        """The module's own parameters by name."""
         return self.net.named_parameters(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own."""
+        """The module's own state dict."""
         return self.net.state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As the module does it."""
+        """Load a state dict by the module's own method."""
         return self.net.load_state_dict(*args, **kwargs)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

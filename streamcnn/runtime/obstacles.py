@@ -1,4 +1,4 @@
-"""Which parts of a model are streamed and which run on whole maps, for what reason, with what remedy."""
+"""The parts of a model that are streamed, and those that run on whole maps, with reasons and remedies."""
 
 from __future__ import annotations
 
@@ -96,9 +96,9 @@ class Obstacle:
     module: str
     """The part of the model that calls it, and its class."""
     line: str
-    """Of the user's code, with its file; empty where that is not known."""
+    """The line of the user's code, with its file; empty if unknown."""
     count: int
-    """How often it is called there."""
+    """How often the operator is called there."""
     nbytes: int
     """Bytes of the whole maps that it reads, and of its results."""
 
@@ -111,7 +111,7 @@ class Streamability:
     num_streamed: int
     """Operators that run tile by tile."""
     num_following: int
-    """Operators on whole maps only because an obstacle comes before them."""
+    """Operators that run on whole maps only because an obstacle comes before them."""
     obstacles: tuple[Obstacle, ...]
     """In the order of the forward pass."""
     plain_bytes: int
@@ -119,7 +119,7 @@ class Streamability:
 
 
 def streamability(net: nn.Module, shape: tuple[int, int, int, int]) -> Streamability:
-    """Which parts of ``net``, in its present mode, are streamed for images of ``shape``; runs nothing.
+    """Find which parts of ``net``, in its present mode, are streamed for images of ``shape``; runs nothing.
 
     Raises
     ------
@@ -127,7 +127,7 @@ def streamability(net: nn.Module, shape: tuple[int, int, int, int]) -> Streamabi
         If the module cannot be captured at this shape.
     """
     model = StreamingModel(net)
-    # Small maps may run whole for speed; here the question is what has to.
+    # Small maps may run whole for speed; here the question is which must.
     model.resident_tail = False
     with torch.enable_grad():
         planned = model.planned(shape, module_dtype(net), image_gradient=False)
@@ -164,7 +164,7 @@ def _obstacles(program: Program, stopped: Iterable[Node]) -> Iterable[Obstacle]:
 
 
 def _itself(program: Program, name: str) -> Node:
-    """A value, or the one that it is a reshaped form of."""
+    """A node, or the node of which it is a reshaped form."""
     node = program.nodes[name]
     while node.kind is Kind.GLOBAL and node.target is torch.Tensor.reshape:
         node = program.nodes[node.operands[0]]

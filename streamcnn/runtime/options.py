@@ -1,4 +1,4 @@
-"""A model's options, in each form that users may give, brought to one form."""
+"""Convert a model's options from each form that users may give to one form."""
 
 from __future__ import annotations
 
@@ -35,4 +35,4 @@ def as_folder(spill: str | os.PathLike[str] | None) -> Path | None:
 OPTIONS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
     {"budget": parse_bytes, "tile": as_tile, "spill": as_folder}
 )
-"""By name: what brings an option to its one form."""
+"""By name of an option: the function that converts it to its one form."""

@@ -1,4 +1,4 @@
-"""Time and memory that a pass takes, as its limits measure them, over both directions."""
+"""Time and memory of a pass over both directions, as its limits measure them."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from streamcnn.runtime.report import Report
 
 @dataclass(slots=True)
 class PassMeter:
-    """Time and memory of one pass so far, with what tries took that were refused memory."""
+    """Time and memory of one pass so far, including tries that were refused memory."""
 
     began: float = field(default_factory=time.perf_counter)
     seconds: float = 0.0
     peak: int | None = None
-    """Bytes, in the direction and the try with most; None if none was measured."""
+    """Bytes in the direction and the try with most; None if none was measured."""
     reading: str = "unknown"
-    """Which counter the peak comes from."""
+    """Name of the counter behind the peak."""
     is_shared: bool = False
     """Whether another pass of this process ran at the same time."""
     samples: list[tuple[float, int]] = field(default_factory=list)
-    """Seconds since it began, and bytes held then."""
+    """Seconds since the pass was made, and bytes held then."""
     num_retries: int = 0
     num_smaller_plans: int = 0
 
     def note(self, limit: Limit) -> None:
-        """Add what the limit of one direction has measured, which may have been refused memory."""
+        """Add the measurements of the limit of one direction, which may have been refused memory."""
         peak, at_most = limit.peak_bytes, limit.at_most_bytes
         if peak is not None and at_most is not None:
             # This direction may be the one with more, as samples may have missed its peak.
@@ -48,7 +48,7 @@ class PassMeter:
         waiting_bytes: int,
         num_compiled: int | None,
     ) -> Report:
-        """The same beside the plan; further values are those of a :class:`Report`."""
+        """The report of the pass; the keyword arguments are the fields of :class:`Report`."""
         return Report(
             budget=plan.budget,
             projected_bytes=plan.projected_bytes,

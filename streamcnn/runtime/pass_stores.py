@@ -1,4 +1,4 @@
-"""The stores of one pass: where each stored map is kept, and whether the disk has room for all."""
+"""Open the stores of one pass, and check that the disk has room for them."""
 
 from __future__ import annotations
 
@@ -27,14 +27,20 @@ from streamcnn.support.units import format_bytes, format_duration
 
 
 def room_on_disk(spares: SpareFiles) -> int:
-    """Bytes that maps may take where they are spilled to: what is free, and what earlier passes have left."""
-    # What killed processes have left takes no room from this one.
+    """Bytes that spilled maps may take: the disk's free bytes, and the spare files of earlier passes."""
+    # Folders that killed processes have left must take no room from this one.
     remove_abandoned(spares.parent)
     return free_bytes(spares.parent) + spares.nbytes
 
 
 def check_disk(plan: Plan, spares: SpareFiles) -> None:
-    """Refuse a plan that spills more than the disk has room for, rather than fill the disk half-way."""
+    """Refuse a plan that spills more than the disk has room for, before it fills the disk.
+
+    Raises
+    ------
+    PlanDoesNotFit
+        Naming the folder and the bytes that it has left.
+    """
     needed = plan.bytes_on(Tier.DISK)
     if needed and needed > (room := room_on_disk(spares)):
         raise PlanDoesNotFit(
@@ -44,7 +50,7 @@ def check_disk(plan: Plan, spares: SpareFiles) -> None:
 
 
 def gain_of_a_larger_disk(fastest: Plan, taken: Plan, room: int, spares: SpareFiles) -> str:
-    """The time that a pass would save by the fastest plan, were there more than ``room`` bytes, in words."""
+    """A text on the time that the fastest plan would save if the disk had more than ``room`` bytes."""
     needed = format_bytes(fastest.bytes_on(Tier.DISK))
     seconds, less = (format_duration(plan.projected_seconds) for plan in (taken, fastest))
     return (
@@ -67,7 +73,7 @@ def memory_beside_the_budget(plan: Plan, spares: SpareFiles) -> str:
 
 
 class PassStores:
-    """Opens the stores of one pass. It has no reference to the pass, so that dropping the pass frees them."""
+    """Opens the stores of one pass, without a reference to the pass, so that dropping the pass frees them."""
 
     def __init__(
         self, spares: SpareFiles, pinned: SparePinned, device: torch.device, *, zeroed: bool

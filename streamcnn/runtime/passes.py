@@ -1,4 +1,4 @@
-"""Passes of one model: captured, planned and carried out; plans are kept for the next pass of their kind."""
+"""Capture, plan and carry out the passes of one model; plans are cached for the next pass of their kind."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ from streamcnn.stores import SpareFiles
 from streamcnn.support.interrupts import undoing
 
 _MUCH_LONGER = 1.1
-"""How many times as long as with unlimited room on disk a pass may take before the user is told."""
+"""The ratio to its time with unlimited room on disk above which a pass's time is reported to the user."""
 
 
 class Owner(PassOwner, Protocol):
-    """The model that passes belong to, and its options."""
+    """The model to which passes belong, and its options."""
 
     tile: tuple[int, int] | None
     preprocess: Preprocess | None
@@ -55,7 +55,7 @@ class Owner(PassOwner, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ImageSpec:
-    """What planning knows of an image."""
+    """The properties of an image that planning knows."""
 
     shape: tuple[int, int, int, int]
     dtype: torch.dtype
@@ -65,33 +65,33 @@ class ImageSpec:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModuleCall:
-    """A call of a module, but for the image."""
+    """A call of a module, except for the image."""
 
     net: nn.Module
     """The model's module, or one that contains it."""
     forward_pass: ForwardPass
-    """What was captured of its earlier calls."""
+    """Captures of the module's earlier calls."""
     given: Arguments
-    """What goes into it after the image."""
+    """The module's arguments after the image."""
 
 
 def wants_gradient(image: Image) -> bool:
-    """Whether a pass has to give the gradient of the image too."""
+    """Whether a pass must also give the gradient of the image."""
     return isinstance(image, Tensor) and image.requires_grad and torch.is_grad_enabled()
 
 
 class Passes:
     """Plans and carries out calls of modules for one model, which each call names.
 
-    It holds no reference to the model, whose memory is freed as soon as nobody else does.
+    It holds no reference to the model, so that the model can be freed.
     """
 
     def __init__(self) -> None:
         self._plans = PlanCache()
         self._smaller: dict[tuple[Any, ...], PassSpec] = {}
-        """By a capture's settings and a spec that was refused memory: the smaller spec that went through."""
+        """By a capture's settings and a spec that was refused memory: the smaller spec that succeeded."""
         self._told = set[str]()
-        """The warnings that have been given."""
+        """Warnings that have been given already."""
         self._collected: finalize[[], Any] | None = None
         """Gives kept blocks back when the model is collected; None before the first pass."""
 
@@ -108,7 +108,7 @@ class Passes:
         device: torch.device,
         machine: Machine | None,
     ) -> Planned:
-        """What was captured of a call, and its plan for ``machine``; ``None`` is this one."""
+        """The captured program of a call, and its plan for ``machine``; ``None`` means this one."""
         given = call.given
 
         def take(graph: RawGraph, states: Mapping[str, Tensor]) -> Planned:
@@ -130,7 +130,7 @@ class Passes:
         reader: BatchReader,
         keep: Keep | None,
     ) -> Any:
-        """What a call returns for whole images; ``keep`` gives what stands for maps among the results."""
+        """The result of a call for whole images; ``keep`` reads stored results and returns stand-ins."""
         refuse_transforms()
         image_gradient = wants_gradient(image)
         if image_gradient and owner.preprocess is not None:
@@ -152,7 +152,7 @@ class Passes:
 
         here = stand_in(reader.shape, reader.dtype, reader.device, requires_grad=image_gradient)
         if type(image) in (Tensor, nn.Parameter):
-            # Attributes that the caller has set on it, and not PyTorch.
+            # Attributes that the caller, not PyTorch, has set on the image.
             vars(here).update((n, value) for n, value in vars(image).items() if not n.startswith("_dynamo"))
         result = call.forward_pass(call.net, here, given.args, given.kwargs, run, caller_modes)
         return given.restored(result)
@@ -160,10 +160,10 @@ class Passes:
     def _plan_here(
         self, captured: Captured, spec: PassSpec, machine: Machine, spares: SpareFiles
     ) -> tuple[Planned, PassSpec, Machine]:
-        """The plan within the budget, the process's other limits and what the disk has room for.
+        """The plan within the budget, the process's other limits and the disk's room.
 
-        Also the spec and the machine that it was made for. If a pass of this kind was refused memory before
-        and a smaller plan went through, the plan is that one.
+        The spec and the machine that it was made for are returned too. If a pass of this kind was refused
+        memory before and succeeded with a smaller plan, the plan is that one.
         """
 
         def present(spec: PassSpec) -> PassSpec:
@@ -185,7 +185,7 @@ class Passes:
         return found
 
     def _tell_of_little_disk(self, fastest: Plan, taken: Plan, room: int, spares: SpareFiles) -> None:
-        """Say once what a larger disk would save, if that is much."""
+        """Warn once of the time that a larger disk would save, if that is much."""
         if taken.projected_seconds > _MUCH_LONGER * fastest.projected_seconds:
             self._tell(gain_of_a_larger_disk(fastest, taken, room, spares))
 
@@ -196,7 +196,7 @@ class Passes:
             warnings.warn(text, stacklevel=2)
 
     def prepare(self, captured: Captured, spec: PassSpec, owner: Owner) -> tuple[Planned, SmallerPlans]:
-        """The plan of a pass that is to run here, and what makes smaller ones."""
+        """The plan of a pass that is to run here, and the maker of smaller plans."""
         machine = this_machine(captured.device, spec.computed_in)
         planned, spec, machine = self._plan_here(captured, spec, machine, owner.spare_files)
         self._tell(memory_beside_the_budget(planned.plan, owner.spare_files))
@@ -207,7 +207,7 @@ class Passes:
 
 
 def _spec(owner: Owner, captured: Captured, image: ImageSpec, *, keeps_results: bool = False) -> PassSpec:
-    """What a plan is wanted for."""
+    """The spec of the pass for which a plan is wanted."""
     graph, states = captured.graph, captured.states
     trains = not keeps_results and (torch.is_grad_enabled() or graph.enables_grad)
     leaves = {name for name, key in graph.states.items() if trains and states[key].requires_grad}
@@ -230,18 +230,18 @@ def _spec(owner: Owner, captured: Captured, image: ImageSpec, *, keeps_results: 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Running:
-    """One call of a module, carried out."""
+    """Carries out one call of a module."""
 
     passes: Passes
     owner: Owner
     reader: BatchReader
     image: Any
-    """The image if its gradient is wanted, else None."""
+    """The image if its gradient is wanted; else None."""
     caller_modes: CallerModes
     keep: Keep | None
 
     def in_parts(self, captured: Captured) -> Sequence[Any]:
-        """The results of a captured forward pass, run in parts where results depend on each other."""
+        """Run a captured forward pass, in parts if its results depend on each other; return its results."""
         graph = captured.graph
         differentiates = self.keep is None and (torch.is_grad_enabled() or graph.enables_grad)
         parts = parts_of(graph) if differentiates else ()
@@ -269,7 +269,7 @@ class _Running:
         return undoing(run, undo)
 
     def _whole(self, captured: Captured) -> Sequence[Any]:
-        """The results of a captured forward pass, planned and run as a whole."""
+        """Plan and run a captured forward pass as a whole; return its results."""
         reader = self.reader
         image = ImageSpec(reader.shape, reader.dtype, self.image is not None, reader.reading)
         spec = _spec(self.owner, captured, image, keeps_results=self.keep is not None)
@@ -285,7 +285,7 @@ class _Running:
         return results
 
     def _outputs(self, run: Pass) -> tuple[Tensor, ...]:
-        """Run a pass forward; the tensors among the model's results, in order."""
+        """Run a pass forward; return the tensors among the model's results, in order."""
         if not run.current.plan.training:
             with self.caller_modes.restored():
                 values = run.forward()

@@ -1,4 +1,4 @@
-"""From a captured forward pass to its plan, which is made once and kept."""
+"""Make the plan of a captured forward pass once, and cache it."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from streamcnn.runtime.plan_files import PlanFile
 from streamcnn.support.recent import Recent
 
 _NODES = 32_000
-"""Nodes of the programs of all plans that are kept. Images of many sizes need a plan each, which takes
-seconds to make, and 2 to 4 MB with the 500 nodes of a ResNet-50: of 64 such plans 250 MB at most."""
+"""The most nodes in the programs of all cached plans. Images of many sizes need a plan each, which takes
+seconds to make, and 2 to 4 MB with the 500 nodes of a ResNet-50: 64 such plans take at most 250 MB."""
 _PLANS = 8
-"""Plans that are kept in any case."""
+"""Plans that are cached in any case."""
 _WORTH_KEEPING = 0.1
-"""Seconds that a plan has to take to be kept on disk."""
+"""Seconds that making a plan must take for it to be kept on disk."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Planned:
-    """A program, the plan to carry it out by, and what is known from having done so."""
+    """A program and its plan, with the steps, compiled parts and shapes known from carrying it out."""
 
     program: Program
     plan: Plan
@@ -48,7 +48,7 @@ class Planned:
 
     @classmethod
     def of(cls, program: Program, plan: Plan, *, fuses: bool) -> Planned:
-        """A plan that was never carried out; ``fuses`` is as for :class:`Steps`."""
+        """A plan that was never carried out; ``fuses`` is that of :class:`Steps`."""
         return cls(program, plan, Steps(program, plan, fuses=fuses), Compiled(program))
 
 
@@ -59,13 +59,13 @@ class PlanCache:
         self._plans = Recent[Any, tuple[RawGraph, Planned]](_NODES, size=_num_nodes, least=_PLANS)
 
     def plan(self, captured: Captured, spec: PassSpec, machine: Machine) -> Planned:
-        """The plan for what was captured, whatever mode the module is in now."""
+        """The plan of a captured forward pass, whatever mode the module is in now."""
         key = (captured.settings, spec, machine, rules_version())
         graph, planned = self._plans.get(key, lambda: (captured.graph, _plan(captured, spec, machine)))
         return planned if graph is captured.graph else _for_graph(planned, graph, captured.graph)
 
     def programs(self) -> list[Program]:
-        """The programs of all plans that are kept."""
+        """The programs of all cached plans."""
         return [planned.program for _, planned in self._plans.values()]
 
     def plan_within(
@@ -76,9 +76,9 @@ class PlanCache:
         room: Room | None,
         present: Callable[[PassSpec], PassSpec],
     ) -> tuple[Planned, PassSpec]:
-        """The plan within the budget and what other limits leave, and the spec that it was made for.
+        """The plan within the budget and other limits, and the spec that it was made for.
 
-        ``present`` gives the spec to plan for in place of one that was refused memory before.
+        ``present`` maps a spec that was refused memory before to the one to plan for instead.
         """
         planned = self.plan(captured, present(spec), machine)
         if room is None or planned.plan.projected_bytes <= room.nbytes:
@@ -98,7 +98,7 @@ def _num_nodes(planned: tuple[RawGraph, Planned]) -> int:
 
 
 def _for_graph(planned: Planned, known: RawGraph, graph: RawGraph) -> Planned:
-    """What was planned for one graph, with the user's functions and constants of an equal graph."""
+    """A graph's program and plan, with the user's functions and constants of an equal graph."""
     targets = {
         old.target: new.target
         for old, new in zip(known.nodes, graph.nodes, strict=True)
@@ -126,16 +126,16 @@ def _for_graph(planned: Planned, known: RawGraph, graph: RawGraph) -> Planned:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Captured:
-    """A forward pass as it was captured, and the tensors of one call of it."""
+    """A captured forward pass, and the tensors of one call of it."""
 
     graph: RawGraph
     states: Mapping[str, Tensor]
     """Parameters, buffers and further arguments by key."""
     device: torch.device
     maps: Mapping[str, MapReader] = field(default_factory=dict)
-    """Further arguments that are read by regions, by key; ``states`` has stand-ins for them."""
+    """Readers of further arguments that are read by regions, by key; ``states`` has stand-ins for them."""
     settings: tuple[Any, ...] = field(init=False)
-    """All that a plan depends on besides the spec and the machine."""
+    """All that a plan depends on beside the spec and the machine."""
 
     def __post_init__(self) -> None:
         settings = (self.device, self.graph.key, _specs(self.states), tuple(self.maps))

@@ -1,9 +1,9 @@
-"""Plans on disk, in the user's cache folder: what one process has searched for, no other one does again.
+"""Plans on disk, in the user's cache folder, so that no process repeats another one's search.
 
-A plan is a function of the captured graph, the specification, the machine and the code that plans. A digest
-of all of these is the file's name, so whoever would make the same plan finds it. The file is read by its
-schema, and used only if it is for the program that the graph is traced to here: the graph only names the
-user's own operators, and what they compute may have changed since. Any other file is replaced.
+A plan is a function of the captured graph, the spec, the machine and the code that plans. A digest of all of
+these is the file's name, so a process that would make the same plan finds it. The file is read by its schema,
+and used only if it is for the program to which the graph is traced here: the graph only names the user's own
+operators, whose computation may have changed since. Any other file is replaced.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ VARIABLE = "STREAMCNN_PLANS"
 """Environment variable: a folder to keep plans in, or "off" for none."""
 _SUFFIX = ".plan"
 _NAMES = f"{'[0-9a-f]' * 64}{_SUFFIX}"
-"""Pattern of the files' names: the user may have other files in the same folder."""
+"""Pattern of the files' names, since the user may have other files in the same folder."""
 _MOST_FILES = 512
-"""Files that are kept, the most recently used ones: 30 to 130 kB each for a network of the usual size."""
+"""The number of most recently used files that are kept: 30 to 130 kB each for a network of the usual size."""
 _ABANDONED = 3600.0
 """Seconds after which a partial file counts as left by a killed writer: writing takes milliseconds."""
 _ROOMS = ("capture", "geometry", "graph", "plan", "planning")
@@ -49,19 +49,19 @@ _ROOMS = ("capture", "geometry", "graph", "plan", "planning")
 
 @dataclass(frozen=True, slots=True)
 class KeptPlan:
-    """A plan as a file has it."""
+    """The content of a plan's file."""
 
     tail: str | None
-    """The captured call that its program's tail begins with; None for no tail."""
+    """The captured call with which the program's tail begins; None for no tail."""
     program: str
-    """A digest of that program."""
+    """A digest of the program."""
     plan: Plan
     kept_bytes: tuple[tuple[str, int, int], ...] | None
     """``Plan.kept_bytes`` as JSON can hold it: kind and level of a part, and bytes."""
 
     @classmethod
     def of(cls, tail: str | None, program: Program, plan: Plan) -> KeptPlan:
-        """A plan to be written."""
+        """The content to write for a plan."""
         parts = plan.kept_bytes
         pairs = None if parts is None else tuple((*part, nbytes) for part, nbytes in parts.items())
         return cls(tail, _outline(program), replace(plan, kept_bytes=None), pairs)
@@ -72,7 +72,7 @@ class KeptPlan:
         Raises
         ------
         _NoPlan
-            If it is for another program.
+            If the plan is for another program.
         """
         if self.program != _outline(program):
             raise _NoPlan
@@ -82,12 +82,12 @@ class KeptPlan:
 
 
 class PlanFile:
-    """Where one plan is kept, or will be.
+    """The file of one plan, which need not exist yet.
 
     Parameters
     ----------
     *settings
-        All that the plan is a function of, besides the code and PyTorch.
+        All that the plan depends on, beside the code and PyTorch.
     """
 
     def __init__(self, *settings: Any) -> None:
@@ -95,7 +95,7 @@ class PlanFile:
         self._path = None if folder is None else folder / f"{_digest(settings)}{_SUFFIX}"
 
     def read(self, program_with: Callable[[str | None], Program]) -> tuple[Program, Plan] | None:
-        """Program and plan, given what makes programs with their tails.
+        """The program and the plan; ``program_with`` makes the program with a given tail.
 
         None if no plan was kept, or the file holds something else.
         """
@@ -116,7 +116,7 @@ class PlanFile:
         return program, plan
 
     def write(self, tail: str | None, program: Program, plan: Plan) -> None:
-        """Keep a plan; a warning says so if that fails."""
+        """Keep a plan on disk; if that fails, a warning says so."""
         if self._path is None:
             return
         content = zlib.compress(_adapter().dump_json(KeptPlan.of(tail, program, plan)), level=1)
@@ -133,11 +133,11 @@ class PlanFile:
 
 
 class _NoPlan(StreamError):
-    """The file does not hold the plan, which is then made."""
+    """The file does not hold the plan, so it is made."""
 
 
 def _folder() -> Path | None:
-    """Where plans are kept; None if they are not, or depend on rules that are not in the digest."""
+    """The folder of plans; None if none are kept, or if they depend on rules that the digest leaves out."""
     choice = os.environ.get(VARIABLE, "")
     if choice == "off" or not all_are_built_in():
         return None
@@ -150,10 +150,7 @@ def _folder() -> Path | None:
 
 
 def _remove_oldest(folder: Path) -> None:
-    """Remove the least recently used files beyond the most that are kept.
-
-    Partial files whose writers were killed are removed too.
-    """
+    """Remove all but the most recently used files, and partial files whose writers were killed."""
     oldest = [path for _, path in _by_age(folder, _NAMES)[:-_MOST_FILES]]
     before = time.time() - _ABANDONED
     abandoned = [path for changed, path in _by_age(folder, f".{_NAMES}.*.partial") if changed < before]
@@ -162,7 +159,7 @@ def _remove_oldest(folder: Path) -> None:
 
 
 def _by_age(folder: Path, names: str) -> list[tuple[float, Path]]:
-    """Files with such names, the oldest first, each with when it was changed."""
+    """Files whose names match a pattern, the oldest first, each with its time of modification."""
     files = []
     for path in folder.glob(names):
         with suppress(FileNotFoundError):
@@ -189,7 +186,7 @@ def _code() -> str:
 
 
 def _outline(program: Program) -> str:
-    """A digest of what a plan depends on in a program: its values, and what parts of them read."""
+    """A digest of the parts of a program on which a plan depends: its nodes and their rules."""
     found = hashlib.sha256()
     for node in program.nodes.values():
         reads = (node.operands, node.local, node.reduction)
@@ -198,7 +195,7 @@ def _outline(program: Program) -> str:
 
 
 def _text(value: Any) -> str:
-    """A value as text that is the same in every process; a set is sorted."""
+    """A value as text that is the same in every process; sets are sorted."""
     return "".join(_words(value))
 
 

@@ -1,4 +1,4 @@
-"""One plan as it is being carried out: the states that its program reads, its stores and its execution."""
+"""One run of a plan: the states that its program reads, its stores and its execution."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from streamcnn.stores import SpareFiles, SparePinned
 
 
 class PassOwner(Protocol):
-    """The model that a pass reports to, and its options."""
+    """The model to which a pass reports, and its options."""
 
     budget: int | None
     spill: Path | None
@@ -32,28 +32,28 @@ class PassOwner(Protocol):
 
     @property
     def spare_files(self) -> SpareFiles:
-        """Files that earlier passes have left for maps that this one spills."""
+        """Files of earlier passes, for maps that this pass spills."""
 
     @property
     def spare_pinned(self) -> SparePinned:
-        """Memory that they have left for maps that it keeps on the host beside a GPU."""
+        """Pinned memory of earlier passes, for maps that this pass offloads to host RAM."""
 
 
 class PlanRun:
-    """One plan as it is being carried out; a pass that is begun again makes another one.
+    """One run of a plan; a pass that is begun again makes another one.
 
     Parameters
     ----------
     planned
         The program and its plan.
     reader, maps
-        The images, and what is read by regions beside them, by key.
+        Readers of the images, and of maps that are read by regions beside them, by key.
     tensors
         Parameters, buffers and further arguments by key.
     owner
         The model.
     ceiling
-        What enforces the budget of the pass.
+        Enforces the budget of the pass.
 
     Raises
     ------
@@ -80,7 +80,7 @@ class PlanRun:
         """Parameters, buffers, further arguments and constants by node name."""
         self.states.update({name: c.to(reader.device) for name, c in program.constants.items()})
         self.leaf_states = tuple(name for name in program.states if name in plan.differentiated)
-        """Those of the states whose gradients the backward pass gives."""
+        """States whose gradients the backward pass gives."""
         self.stores = PassStores(spares, owner.spare_pinned, reader.device, zeroed=plan.kept_bytes is None)
         self.execution = Execution(
             program,
@@ -108,7 +108,7 @@ class PlanRun:
         return min(nbytes for (kind, _), nbytes in known.items() if kind in ("read", "segment forward"))
 
     def close(self) -> None:
-        """Free all stores and their folder. If one of these fails, the other is freed all the same."""
+        """Free all stores and their folder, even if one of these fails."""
         # Called in reverse: the stores before their folder.
         with ExitStack() as closing:
             closing.callback(self.stores.close)
@@ -116,9 +116,9 @@ class PlanRun:
 
 
 def _keeping(ceiling: Ceiling, plan: Plan) -> Callable[[PassPart], None]:
-    """Called before a part of a pass: keep as many free blocks as that leaves room for.
+    """A function to call before a part of a pass: it keeps as many free blocks as the part leaves room for.
 
-    It has no reference to the pass, which is to be freed as soon as nobody else has one.
+    It has no reference to the pass, so that the pass can be freed.
     """
 
     def keep(part: PassPart) -> None:
@@ -129,7 +129,7 @@ def _keeping(ceiling: Ceiling, plan: Plan) -> Callable[[PassPart], None]:
 
 
 def _checked(ceiling: Ceiling, carried_out: set[StepShape]) -> Callable[[StepShape], None]:
-    """Called after a step. It has no reference to the pass, as the stores have none."""
+    """A function to call after a step: it checks the ceiling. It has no reference to the pass either."""
 
     def after_step(shape: StepShape) -> None:
         ceiling.check(compiled=shape not in carried_out)

@@ -1,4 +1,4 @@
-"""A module's maps, written to files piece by piece."""
+"""Write a module's maps to files piece by piece."""
 
 from __future__ import annotations
 
@@ -23,23 +23,24 @@ from streamcnn.stores import MemoryStore, Store, StoreSpec
 Output = Literal["values", "classes", "softmax", "sigmoid"]
 Key = str | int | None
 _BYTES = 255
-"""What a probability of 1 is as a byte."""
+"""The byte for a probability of 1."""
 
 
 class Predicting(nn.Module):
-    """A module with its result turned into the map that is written.
+    """A module whose result is turned into the map to write.
 
     Parameters
     ----------
     net
         The module.
     output
-        ``"values"`` for its result as it is; ``"classes"`` for the channel that is largest, or of one channel
-        whether it is positive; ``"softmax"`` and ``"sigmoid"`` for probabilities as bytes, 255 being 1.
+        ``"values"`` for the result as it is; ``"classes"`` for the index of the largest channel, or, of one
+        channel, whether it is positive; ``"softmax"`` and ``"sigmoid"`` for probabilities as bytes, 255
+        being 1.
     key
-        Which of several results is taken; ``None`` if there is only one.
+        Name or index of the result to take, of several; ``None`` if there is only one.
     dtype
-        Of values.
+        Element type of ``"values"``.
     """
 
     def __init__(self, net: nn.Module, output: Output, key: Key, dtype: torch.dtype) -> None:
@@ -69,7 +70,7 @@ class Predicting(nn.Module):
 
 @dataclass(slots=True)
 class PredictionCalls:
-    """The captured calls of one module, by what its result is turned into."""
+    """The captured calls of one module, by output, key and element type."""
 
     _known: dict[tuple[Output, Key, torch.dtype], tuple[Predicting, ForwardPass]] = field(
         default_factory=dict
@@ -78,7 +79,7 @@ class PredictionCalls:
     def of(
         self, net: nn.Module, output: Output, key: Key, dtype: torch.dtype
     ) -> tuple[Predicting, ForwardPass]:
-        """``net`` with its result turned into such a map, and the calls of that.
+        """The module that turns the result of ``net`` into such a map, and its captured calls.
 
         Raises
         ------
@@ -101,7 +102,7 @@ class MapWriter:
     Raises
     ------
     CannotWrite
-        If something is at ``place`` already and is not to be overwritten.
+        If something is at ``place`` already and must not be overwritten.
     DatasetMismatch
         If ``image`` is not exactly one.
     """
@@ -117,7 +118,7 @@ class MapWriter:
         self._is_written = False
 
     def keep(self, store: Store) -> Tensor:
-        """Write a stored map; a stand-in for it, as the module's result."""
+        """Write a stored map, and return a stand-in for it as the module's result."""
         found = _as_stored_map(store)
         placement = _placement_of(self._image).of_map(found.shape[1:])
         write_map(self._place, found, placement, class_names=self._class_names)
@@ -125,7 +126,7 @@ class MapWriter:
         return stand_in(store.spec.shape, store.spec.dtype, torch.device("cpu"))
 
     def finished(self, result: Tensor) -> Path:
-        """The path of the map, which is written now if the pass has returned it whole."""
+        """Write the map now if the pass has returned it whole, and return its path."""
         if not self._is_written:
             self.keep(_whole_map(result))
         return self._place
@@ -151,7 +152,7 @@ def _as_stored_map(store: Store) -> StoredMap:
     Raises
     ------
     UnsupportedModel
-        If it is not the map (1, C, H, W) of one image.
+        If the result is not the map (1, C, H, W) of one image.
     """
     shape, axes = store.spec.shape, store.spec.axes
     if len(shape) != 4 or shape[0] != 1 or axes != (2, 3):
@@ -177,19 +178,19 @@ def _require_one_image(image: Image) -> None:
 
 
 def _placement_of(image: Image) -> Placement:
-    """Where the pixels of one image are in space."""
+    """The placement of one image's pixels in space."""
     if isinstance(image, Tensor):
         return Placement((image.shape[2], image.shape[3]))
     return as_sources(image)[0].placement
 
 
 def _whole_map(result: Tensor) -> Store:
-    """A store of a result that was made whole, as an operator without a rule does.
+    """A store of a result that was made whole, as by an operator without a rule.
 
     Raises
     ------
     UnsupportedModel
-        If it is not a map (1, C, H, W).
+        If the result does not have four axes.
     """
     if result.dim() != 4:
         raise _no_map(f"has shape {tuple(result.shape)}")
@@ -200,7 +201,7 @@ def _whole_map(result: Tensor) -> Store:
 
 @contextmanager
 def evaluating(net: nn.Module) -> Iterator[None]:
-    """Put all parts of a module in eval mode, and back afterwards."""
+    """Put all parts of a module in eval mode without gradients, and restore their modes afterwards."""
     training: Sequence[nn.Module] = [module for module in net.modules() if module.training]
     net.eval()
     try:

@@ -1,4 +1,4 @@
-"""PyTorch's random state: taken at one point, and restored later."""
+"""Save PyTorch's random state, and restore it later."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RandomState:
         return cls(device, torch.get_rng_state(), on_device)
 
     def restore(self) -> None:
-        """Draw the numbers again that were drawn from here on."""
+        """Restore the states, so that the same numbers are drawn again."""
         torch.set_rng_state(self.on_host)
         if self.on_device is not None:
             torch.cuda.set_rng_state(self.on_device, self.device)

@@ -1,7 +1,8 @@
-"""How fast a machine is, measured on the kinds of work that networks do.
+"""Measure a machine's rates on the kinds of work that networks do.
 
-Timed are convolutions, and a batch norm with its activation, forward and backward, as plans count them; fresh
-memory from the operating system; small operators; and the stores, through the store classes themselves.
+Convolutions, and a batch norm with its activation, are timed forward and backward, as plans count them. Fresh
+memory from the operating system, small operators, and the stores, through the store classes themselves, are
+timed too.
 """
 
 from __future__ import annotations
@@ -38,55 +39,55 @@ from streamcnn.stores import (
 
 _REPEATS = 4
 _ENOUGH = 0.5
-"""Seconds after which work is not timed again: what takes that long is not slow only the first time."""
+"""Seconds after which work is not timed again: work that takes that long is not slow only the first time."""
 _INTERPRETED = 20
-"""Cost of an operator on a tile over that of a small operator alone: look-up, cropping of operands."""
+"""Cost of an operator on a tile, with look-up and cropping of operands, over a small operator's alone."""
 _MAP = (1, 64, 512, 512)
-"""The map that is moved: 64 MiB of float32, more than most caches hold."""
+"""Shape of the map that is moved: 64 MiB of float32, more than most caches hold."""
 _BANDS = tuple(Region(Interval(top, top + 128), Interval(0, _MAP[3])) for top in range(0, _MAP[2], 128))
-"""The regions that are moved at a time: 16 MiB each, a tile of usual size."""
+"""The regions that are moved one at a time: 16 MiB each, a tile of usual size."""
 _LARGE = 2**24
 """Elements of a map that fits into no cache."""
 _SMALL = Region(Interval(8, 12), Interval(8, 12))
 """A region with next to nothing to move."""
 _FLUSHED_BYTES = 2**27
-"""Bytes that are written through to the disk, to see how fast it is."""
+"""Bytes that are written through to the disk to time it."""
 _PASSES = 3
 """Arithmetic of a convolution's two passes over its forward pass: one more product for each operand."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Convolution:
-    """A layer that is timed; as many rows and columns come out as go in."""
+    """A layer that is timed, whose output has as many rows and columns as its input."""
 
     weight: tuple[int, int, int, int]
     groups: int = 1
 
     @property
     def padding(self) -> tuple[int, int]:
-        """On either side, per axis."""
+        """Padding on either side of rows and columns."""
         return self.weight[2] // 2, self.weight[3] // 2
 
 
 _DENSE = (_Convolution((64, 64, 3, 3)), _Convolution((256, 64, 1, 1)), _Convolution((64, 256, 1, 1)))
-"""A bottleneck's layers."""
+"""The layers of a ResNet's bottleneck."""
 _DEPTHWISE = (_Convolution((64, 1, 3, 3), groups=64), _Convolution((64, 1, 5, 5), groups=64))
 
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """How much is timed at once."""
+    """Amounts of work that are timed at once."""
 
     normalised: int
     """Bytes of the map that is normalised."""
     convolved: int
     """Bytes of a map of 64 channels that is convolved."""
     times: int
-    """How often it is queued before the device is waited for."""
+    """How often the work is queued before waiting for the device."""
 
 
 _GPU_WORK = _Work(2**27, 2**25, 8)
-"""Enough that a GPU computes longer than launching takes, on more than its cache holds."""
+"""Enough work that a GPU computes longer than launching takes, on more data than its cache holds."""
 _OTHER_WORK = _Work(2**24, 2**22, 1)
 
 
@@ -94,7 +95,7 @@ def measured_rates(device: torch.device, dtype: torch.dtype, source: str) -> Har
     """Measure the rates of ``device`` in ``dtype`` and of its stores; takes a few seconds and some 300 MB,
     on a GPU 700.
 
-    Random numbers that the caller draws later are as if nothing had been measured.
+    The random numbers that the caller draws later do not change.
     """
     fresh = _fresh(device)
     # Without autocast: the rates are kept, and later passes may not cast.
@@ -123,7 +124,7 @@ def measured_rates(device: torch.device, dtype: torch.dtype, source: str) -> Har
         fresh_bytes=fresh,
         operator_seconds=_INTERPRETED * small,
         read_bytes=read,
-        # Many maps are more than RAM buffers.
+        # Many maps exceed what RAM buffers.
         write_bytes={**written, Tier.DISK: min(written[Tier.DISK], flushed)},
         buffered_write_bytes=written[Tier.DISK],
         transfer_seconds=transfers,
@@ -185,7 +186,7 @@ def _memory_rate(device: torch.device, dtype: torch.dtype, work: _Work) -> float
 def _flops_rate(
     device: torch.device, dtype: torch.dtype, work: _Work, layers: Sequence[_Convolution], memory: float
 ) -> float:
-    """Operations per second of convolutions, forward and backward, beside reading and writing their maps.
+    """Operations per second of convolutions, forward and backward, without reading and writing their maps.
 
     Parameters
     ----------
@@ -211,7 +212,7 @@ def _both_passes(layer: _Convolution, x: Tensor, weight: Tensor, gradient: Tenso
 
 
 def _stores(device: torch.device, work: _Work, memory: float, fresh: float) -> tuple[_Rates, _Rates, _Rates]:
-    """By tier, bytes per second read from and written to a store, and seconds of a small transfer.
+    """By tier: bytes per second read from a store, bytes per second written, and seconds of a small transfer.
 
     A store in the device's memory hands out views, which operators make contiguous. It takes fresh memory
     unless blocks are kept.
@@ -236,7 +237,7 @@ def _stores(device: torch.device, work: _Work, memory: float, fresh: float) -> t
 
 
 def _host_store(spec: StoreSpec, transfers: Transfers, pinned: SparePinned) -> Store:
-    """A map in host RAM, which is the device's own memory where the host computes."""
+    """A store in host RAM, which is the device's own memory where the host computes."""
     if isinstance(transfers, GpuTransfers):
         return HostStore(spec, transfers, pinned)
     return MemoryStore(spec, transfers.compute_device)
@@ -286,7 +287,7 @@ def _store(
 
 
 def _fresh(device: torch.device) -> float:
-    """Bytes per second of memory that is new to the process, without the cost of writing to it."""
+    """Bytes per second at which the process gets new memory, without the cost of writing to it."""
     if device.type == "cuda":
         # PyTorch caches blocks, so none is new after the first tiles.
         return NOMINAL["cuda"].fresh_bytes
@@ -297,9 +298,9 @@ def _fresh(device: torch.device) -> float:
 
 
 def _seconds(device: torch.device, action: Callable[[], object], *, times: int = 1) -> float:
-    """Seconds of an action at its fastest, as whatever else the machine does only adds to them.
+    """Seconds of an action at its fastest, as other work of the machine can only make it slower.
 
-    It is queued ``times`` times before the device is waited for.
+    The action is queued ``times`` times before waiting for the device.
     """
     seconds = []
     for _ in range(_REPEATS + 1):

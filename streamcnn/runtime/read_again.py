@@ -1,4 +1,4 @@
-"""What a backward pass reads again of the user's data, which must not change after the forward pass."""
+"""The user's data that a backward pass reads again, which must not change after the forward pass."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def arrays_read_again(run: Pass) -> list[tuple[str, bytes]]:
 
 
 def _read_again(run: Pass) -> set[str]:
-    """What operators read that the backward pass runs again."""
+    """Operands of the operators that the backward pass runs again."""
     differentiated = (phase for phase in run.current.plan.phases if phase.differentiated)
     return {
         operand

@@ -1,4 +1,4 @@
-"""What a user is told when a pass was refused memory."""
+"""Texts for the user when a pass was refused memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def refusal(plan: Plan, direction: str, error: BaseException, room: Room | None,
     Parameters
     ----------
     room
-        What another limit left, if that was less than the budget.
+        The room that another limit left, if that was less than the budget.
     why_last
         Why the pass was not begun again; empty if there was no plan with smaller tiles.
     """

@@ -1,4 +1,4 @@
-"""What a pass took, as measured: the streamed model's ``last_report``."""
+"""The measured time and memory of a pass: the streamed model's ``last_report``."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Report:
     """Bytes allowed, counted as ``measured_bytes``; ``None`` for no ceiling."""
     projected_bytes: int
     measured_bytes: int | None
-    """Peak. On the CPU above what the process held when the forward pass began; on a GPU all that the
-    process held there. Tries that were refused memory count too: above the budget, if that was found only
-    afterwards. ``None`` if it cannot be read."""
+    """Peak in bytes: on the CPU above what the process held when the forward pass began, on a GPU all that
+    the process held there. Tries that were refused memory count too, and may exceed the budget if that was
+    found only afterwards. ``None`` if the peak cannot be read."""
     reading: str
-    """Which counter ``measured_bytes`` comes from: ``VmHWM`` is exact, ``VmRSS, sampled`` a lower bound."""
+    """Name of the counter behind ``measured_bytes``: ``VmHWM`` is exact, ``VmRSS, sampled`` a lower bound."""
     seconds: float
-    """Until all work was queued: a GPU may still be computing. The same holds for each phase."""
+    """Time until all work was queued: a GPU may still be computing then. The same holds for each phase."""
     phases: tuple[PhaseReport, ...]
     num_retries: int = 0
     """How often memory was refused and the pass begun again, by the same plan or a smaller one."""
@@ -35,14 +35,14 @@ class Report:
     """Bytes of stores held by other forward passes that still wait for their backward pass; not part of this
     one's budget."""
     is_shared: bool = False
-    """Whether another pass of this process ran at the same time. ``measured_bytes`` are the process's, so the
-    other pass's count too, and the lower of both ceilings was in force."""
+    """Whether another pass of this process ran at the same time. ``measured_bytes`` are the process's, so
+    they include that pass's, and the lower of both ceilings was in force."""
     num_compiled: int | None = None
-    """Parts of the pass that are compiled; ``None`` without ``compile=True``. A first pass has none: what it
-    meets is compiled before the next one."""
+    """Number of compiled parts; ``None`` without ``compile=True``. A first pass has none: the parts that it
+    meets are compiled before the next one."""
     num_smaller_plans: int = 0
-    """Retries with a plan for less memory, which mostly has smaller tiles. Others repeat the plan: without
-    compiled parts, or with what libraries compile counted again."""
+    """Retries with a plan for less memory, which mostly has smaller tiles. Other retries repeat the plan:
+    without compiled parts, or with the code that libraries compile counted again."""
 
     @property
     def bytes_moved(self) -> int:

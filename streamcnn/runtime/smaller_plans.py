@@ -14,9 +14,9 @@ from streamcnn.planning.spec import Machine, PassSpec
 from streamcnn.runtime.plan_cache import Captured, PlanCache, Planned
 
 SMALLEST_TILE = 32
-"""Edge in pixels; below it, halos are nearly all of the work."""
+"""Edge of the smallest tile in pixels; below it, halos are nearly all of the work."""
 _LESS_PERCENT = (75, 85, 93)
-"""Targets of the plans that are tried after a refusal, in percent of what the refused one projected."""
+"""Targets of plans that are tried after a refusal, in percent of the refused plan's projected bytes."""
 
 
 class SmallerPlans:
@@ -50,13 +50,13 @@ class SmallerPlans:
         return None
 
     def keep(self) -> None:
-        """Have later passes of the same kind begin with the plan that was found."""
+        """Make later passes of the same kind begin with the plan that was found."""
         if self._found is not None:
             self._kept[self._captured.settings, self._spec] = self._found
 
 
 def _smaller_specs(spec: PassSpec, plan: Plan) -> Iterator[PassSpec]:
-    """What to plan for after ``plan`` was refused memory: less memory, or tiles of half its size."""
+    """Specs to plan for after ``plan`` was refused memory: for less memory, or for tiles of half its size."""
     if spec.tile is None and spec.budget is not None:
         for percent in _LESS_PERCENT:
             yield replace(spec, target=plan.projected_bytes * percent // 100)
@@ -65,7 +65,7 @@ def _smaller_specs(spec: PassSpec, plan: Plan) -> Iterator[PassSpec]:
 
 
 def _halved(tile: tuple[int, int]) -> tuple[int, int] | None:
-    """Half of a tile; None if it cannot get smaller."""
+    """A tile of half the height and width; None if it cannot get smaller."""
     height, width = tile
     smaller = (min(height, max(SMALLEST_TILE, height // 2)), min(width, max(SMALLEST_TILE, width // 2)))
     return None if smaller == tile else smaller

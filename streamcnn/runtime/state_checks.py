@@ -1,4 +1,4 @@
-"""What a pass may not change: the caller's image, and memory that two states share."""
+"""Refuse passes that change the caller's image, or memory that two states share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from streamcnn.errors import UnsupportedModel
 
 
 def refuse_shared_memory(graph: RawGraph, states: Mapping[str, Tensor]) -> None:
-    """Make sure that no state that the pass changes shares memory with another one.
+    """Check that no state that the pass changes shares memory with another one.
 
     Raises
     ------
@@ -36,7 +36,7 @@ def refuse_shared_memory(graph: RawGraph, states: Mapping[str, Tensor]) -> None:
 
 
 def _overlap(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors of one storage may have elements in common, going by their first and last."""
+    """Whether two tensors of one storage may share elements, by the range from their first to their last."""
     starts = (first.storage_offset(), second.storage_offset())
     ends = (
         start + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
@@ -51,7 +51,7 @@ def as_before(key: str, state: Tensor) -> Tensor:
     Raises
     ------
     UnsupportedModel
-        If it requires a gradient, which would not reach the copy.
+        If the state requires a gradient, which would not reach the copy.
     """
     if state.requires_grad:
         raise UnsupportedModel(
@@ -62,12 +62,12 @@ def as_before(key: str, state: Tensor) -> Tensor:
 
 
 def refuse_changes_of_the_image(graph: RawGraph, image: Image) -> None:
-    """Make sure that the pass leaves the caller's tensor as it is.
+    """Check that the pass leaves the caller's tensor as it is.
 
     Raises
     ------
     UnsupportedModel
-        If it overwrites it, or changes whether it requires a gradient.
+        If the pass overwrites the tensor, or changes whether it requires a gradient.
     """
     if graph.marks_image and isinstance(image, Tensor):
         raise UnsupportedModel(

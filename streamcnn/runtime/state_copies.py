@@ -1,4 +1,4 @@
-"""Copies of many small tensors at once, since on a GPU each copy would be a launch."""
+"""Copy many small tensors at once, since on a GPU each copy would be a launch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of tensors by name, without gaps; those of one type and device share one piece of memory."""
+    """Copies of tensors by name, without gaps; copies of one type and device share one piece of memory."""
     found: dict[str, Tensor] = {}
     for names in _alike(tensors, lambda name: _kind(tensors[name])):
         each = [tensors[name].detach() for name in names]
@@ -40,6 +40,6 @@ def _alike(names: Iterable[str], kind: Callable[[str], Hashable]) -> list[list[s
 
 
 def _kind(tensor: Tensor) -> Hashable:
-    """Equal for tensors that can be copied together; tensors of other classes are copied alone."""
+    """A key that is equal for tensors that can be copied together; tensor subclasses are copied alone."""
     is_plain = type(tensor) in (Tensor, nn.Parameter)
     return (tensor.device, tensor.dtype) if is_plain else id(tensor)

@@ -37,7 +37,7 @@ Keep = Callable[[Store], Tensor]
 
 
 _waiting: WeakValueDictionary[int, Pass] = WeakValueDictionary()
-"""Passes whose backward pass is still to come, in all threads."""
+"""Forward passes that wait for their backward pass, in all threads."""
 
 
 def _all_waiting() -> list[Pass]:
@@ -49,8 +49,8 @@ class Pass:
     """One pass: an execution under its ceiling, and the report of both directions.
 
     A direction that is refused memory is begun again with smaller tiles, with the same result: until it
-    succeeds, it changes nothing outside. A backward pass needs stored maps of its own tiles, so the forward
-    pass is repeated first, with the random numbers that it had.
+    succeeds, it changes nothing outside. A backward pass needs the stored maps of its own plan, so the
+    forward pass is repeated first, with the same random numbers.
     """
 
     def __init__(
@@ -67,30 +67,30 @@ class Pass:
         self.known = captured.states
         """The caller's tensors by key: parameters, buffers and further arguments."""
         self.before: dict[str, Tensor] = {}
-        """Copies of the states that the pass changes, from which it reads, now and when it recomputes."""
+        """Copies of the states that the pass changes, from which it reads, also when it recomputes."""
         self.is_spent = False
         """Whether a backward pass has consumed the stored maps."""
         self.reader = reader
         self.maps = captured.maps
-        """What is read by regions beside the image, by key."""
+        """Readers of maps that are read by regions beside the image, by key."""
         self.batches: tuple[SourceBatch, ...] = (reader, *self.maps.values())
         self.shrink = shrink
         # Before the baseline: threads that read images, with their large stacks, are no part of the pass.
         for batch in self.batches:
             batch.start()
         self.waiting_bytes = sum(other.current.execution.held_bytes for other in _all_waiting())
-        # Plans count images as if they were still to be decoded, so what they hold already counts too.
+        # Plans count images as if they were still to be decoded, so bytes that they hold already count too.
         held = sum(batch.held_bytes for batch in self.batches)
         self.ceiling = ceiling_for(reader.device, counted=held)
         self.outputs = planned.program.outputs
         self.random_state = RandomState.now(reader.device)
-        """From where a pass that is begun again draws the same numbers."""
+        """The state from which a pass that is begun again draws the same numbers."""
         self.meter = PassMeter()
         self.current: PlanRun = self._run_of(planned)
-        """The plan that is being carried out: another one when the pass is begun again."""
+        """The present run of a plan: another one once the pass is begun again."""
 
     def _run_of(self, planned: Planned) -> PlanRun:
-        """A plan, ready to be carried out from its start."""
+        """A run of a plan, ready to begin."""
         program = planned.program
         read = set(program.states.values())
         changing = [key for key in program.updates if key in read and key not in self.before]
@@ -115,12 +115,12 @@ class Pass:
 
     @property
     def present_names(self) -> dict[str, str]:
-        """The outputs' present names by those in the first program: another resident tail renames nodes."""
+        """The outputs' present names, by their names in the first program: another tail renames nodes."""
         present = _positions(self.current.program.outputs)
         return dict(zip(_positions(self.outputs), present, strict=True))
 
     def forward(self) -> dict[str, Tensor]:
-        """Run forward and, if that succeeds, give the module's buffers their new values; the outputs."""
+        """Run forward and, if that succeeds, update the module's buffers; return the outputs."""
 
         def undo() -> None:
             self.close()
@@ -129,7 +129,7 @@ class Pass:
         return undoing(self._forward, undo)
 
     def _forward(self) -> dict[str, Tensor]:
-        """A forward pass, begun again where it is refused memory."""
+        """Run a forward pass, and begin it again where it is refused memory."""
         while True:
             try:
                 # Around the ceiling, which may find at its end that too much was held.
@@ -138,7 +138,7 @@ class Pass:
             except BudgetExceeded as error:
                 self.random_state.restore()
                 self._begin_again(error)
-            # Only once the error is gone: its traceback holds the tile's tensors.
+            # Only once the error is gone, since its traceback holds the tile's tensors.
             self.ceiling.empty_cache()
         self.shrink.keep()
         if self.keep is not None:
@@ -154,7 +154,7 @@ class Pass:
         return self.updated(values, outputs)
 
     def updated(self, values: Mapping[str, Tensor], outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``outputs``, once the states that the module changes have their new values: all, or none."""
+        """Give the states that the module changes their new values, all or none; return ``outputs``."""
         updates = self.current.program.updates
         unread = copied({q: self.known[q] for q in updates if q not in self.before})
         before = {q: unread[q] if q in unread else self.before[q] for q in updates}
@@ -167,14 +167,14 @@ class Pass:
         return undoing(partial(give, new), partial(give, before))
 
     def backward(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gradients by node name of the parameters and the image, given those of outputs.
+        """Gradients of the parameters and the image by node name, given those of the outputs.
 
-        It may be called again: the forward pass is then repeated first.
+        This may be called again; the forward pass is then repeated first.
         """
         return cleaning_up(partial(self._backward, gradients), self.close)
 
     def _backward(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A backward pass, begun again where it is refused memory."""
+        """Run a backward pass, and begin it again where it is refused memory."""
         repeat, self.is_spent = self.is_spent, True
         if repeat:
             self._restart(self.current.planned)
@@ -194,7 +194,7 @@ class Pass:
         return self.current.execution.backward(self._arriving(gradients))
 
     def _arriving(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The outputs' gradients by their present names, of which two outputs may share one."""
+        """The outputs' gradients by present name, summed for outputs that share one."""
         found, present = dict[str, Tensor](), self.present_names
         for output, gradient in gradients.items():
             name = present[output]
@@ -204,9 +204,9 @@ class Pass:
     def _begin_again(self, error: BudgetExceeded) -> None:
         """Begin again with smaller tiles, or raise ``error`` if there are none.
 
-        If steps were trusted to compile no code, begin with the same plan and count code: libraries keep only
-        so much, and may have dropped some for another model's. If parts were compiled, begin without: plans
-        count what operators take one by one.
+        If steps were trusted to compile no code, this begins with the same plan and counts code: libraries
+        keep a limited number of kernels, and may have dropped some for another model's. If parts were
+        compiled, it begins without them, since plans count bytes of single operators.
         """
         if self._why_last_try():
             raise error
@@ -224,19 +224,19 @@ class Pass:
         """Why the pass is not begun again where it is refused memory; empty if it may be."""
         if self.meets_others:
             return TOGETHER
-        # A smaller tile is more operators, and so more of its records.
+        # Smaller tiles mean more operators, and so more of the profiler's records.
         is_profiled = self.reader.device.type == "cpu" and torch._C._autograd._profiler_enabled()
         return PROFILED if is_profiled else ""
 
     def _restart(self, planned: Planned) -> None:
-        """Make ready to run the pass once more."""
+        """Prepare to run the pass once more."""
         before, self.current = self.current, self._run_of(planned)
         # The ambient autocast of a backward pass is not that of its forward pass.
         self.current.execution.autocast = before.execution.autocast
         assert self.current.leaf_states == before.leaf_states
 
     def _repeat_forward(self) -> None:
-        """The forward pass once more, for its stored maps: buffers and random state stay."""
+        """Run the forward pass once more for its stored maps, without changing buffers or random state."""
         present = RandomState.now(self.reader.device)
 
         def repeat() -> None:
@@ -247,16 +247,13 @@ class Pass:
         cleaning_up(repeat, present.restore)
 
     def _run_forward(self) -> dict[str, Tensor]:
-        """Decode images that are only decoded whole, and run the forward pass, both under the ceiling."""
+        """Open images, which decodes those that are only decoded whole, and run the forward pass."""
         for batch in self.batches:
             batch.open()
         return self.current.execution.forward()
 
     def close(self) -> None:
-        """Free all stores, their folder, and the decoded images that no waiting pass reads.
-
-        If one of these fails, the others are freed all the same.
-        """
+        """Free all stores, their folder, and decoded images that no waiting pass reads, even if one fails."""
         _waiting.pop(id(self), None)
         used = [source for other in _all_waiting() for batch in other.batches for source in batch.sources]
         with ExitStack() as closing:
@@ -265,7 +262,7 @@ class Pass:
                 closing.callback(batch.release, but=used)
 
     def _limited(self, direction: str, run: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What ``run`` returns, with the budget enforced, memory measured, and refusals explained."""
+        """Return what ``run`` returns, with the budget enforced, memory measured and refusals explained."""
         start = time.perf_counter()
         plan = self.current.plan
         limit = self.ceiling.limit(
@@ -276,7 +273,7 @@ class Pass:
         except BaseException as error:
             is_limited = plan.budget is not None or self.ceiling.room is not None
             if is_limited and is_out_of_memory(error):
-                # The pass may be begun again, and what it took by then is part of its peak.
+                # The pass may be begun again, and the bytes that it took by then are part of its peak.
                 self.meter.note(limit)
                 text = refusal(plan, direction, error, self._room(), why_last=self._why_last_try())
                 raise BudgetExceeded(text) from error
@@ -288,7 +285,7 @@ class Pass:
         return found
 
     def _within(self, limit: Limit, run: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What ``run`` returns under a limit; if it fails or is interrupted, both are cleaned up."""
+        """Call ``run`` under a limit; if it fails or is interrupted, clean up both."""
 
         def in_block() -> dict[str, Tensor]:
             with limit:
@@ -318,6 +315,6 @@ class Pass:
 
 
 def _positions(outputs: Any) -> list[str]:
-    """The name at each place of a model's result; a value that is returned twice comes twice."""
+    """The name at each place of a model's result; a value that is returned twice appears twice."""
     leaves = pytree.tree_leaves(outputs, is_leaf=lambda value: isinstance(value, Ref))
     return [leaf.name for leaf in leaves if isinstance(leaf, Ref)]

@@ -1,8 +1,8 @@
 """StreamingModel: the user's module, trained on whole images tile by tile.
 
-It joins the two halves: capture and planning on one side, the executor under a ceiling on the other. To the
-user's training loop it is the module itself: the same parameters, the same ``state_dict`` keys, and an output
-whose ``backward()`` fills in the same gradients.
+It joins capture and planning with the executor under a ceiling. To the user's training loop it is the module
+itself: it has the same parameters and ``state_dict`` keys, and an output whose ``backward()`` fills in the
+same gradients.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from streamcnn.support.units import format_bytes, parse_bytes
 
 
 class StreamingModel(ModuleFacade):
-    """``net`` on images of any size, exactly, under a memory ceiling.
+    """Run ``net`` on images of any size, exactly, under a memory ceiling.
 
     Parameters
     ----------
@@ -51,8 +51,8 @@ class StreamingModel(ModuleFacade):
         The module to stream. Its parameters and buffers stay its own; it is not changed.
     budget
         Bytes that forward and backward may take: an int or a text such as "11GB" (10^9) or "11GiB" (2^30).
-        On the CPU above what the process holds when they begin; on a GPU all that the process holds there,
-        weights, optimiser and CUDA's own memory included. ``None`` sets no ceiling.
+        On the CPU they count above what the process holds when the pass begins; on a GPU they are all that
+        the process holds there, with weights, optimiser and CUDA's own memory. ``None`` sets no ceiling.
     tile
         Largest edge of a tile in input pixels, one number or (h, w). ``None`` leaves it to the planner.
     spill
@@ -60,18 +60,18 @@ class StreamingModel(ModuleFacade):
         removed by :meth:`release`, after a failed pass, and with the model. ``None`` takes the system's
         temporary folder, or ``/var/tmp`` where that lies in memory itself.
     preprocess
-        A pointwise function of a tile (N, C, h, w) as stored to the float tile that the model takes. It is
-        called with tiles on the model's device, whose integers stay integers until it makes floats of them:
-        ``tile / 255`` and ``tile.float() * 2 - 255`` do, ``tile * 2 - 255`` of bytes is refused, as its
-        results do not fit into bytes. ``tile / tile.max()``, a blur or random numbers are refused, as they
-        depend on how the image is cut.
+        A pointwise function from a tile (N, C, h, w) as stored to the float tile that the model takes. It is
+        called with tiles on the model's device. Integers stay integers until it makes floats of them:
+        ``tile / 255`` and ``tile.float() * 2 - 255`` are allowed, ``tile * 2 - 255`` of bytes is refused, as
+        its results do not fit into bytes. ``tile / tile.max()``, a blur or random numbers are refused, as
+        their results depend on the tiles.
     device
         Where to compute; the module is moved there. ``None`` leaves it where it is.
     compile
-        Whether Inductor compiles what is computed for tiles, as ``torch.compile`` does for whole modules. A
-        plan's first pass runs uncompiled; before the second one everything that it met is compiled, which may
-        take minutes. Results are the same up to rounding. What cannot be compiled runs uncompiled, with a
-        warning.
+        Whether Inductor compiles the computation of tiles, as ``torch.compile`` does for whole modules. A
+        plan's first pass runs uncompiled; the parts that it met are compiled before the second one, which may
+        take minutes. Results are the same up to rounding. Parts that cannot be compiled run uncompiled, with
+        a warning.
 
     Raises
     ------
@@ -105,9 +105,9 @@ class StreamingModel(ModuleFacade):
         self.compiles = compile
         self.last_report: Report | None = None
         self.observer: Observer | None = None
-        """Told when a part of a pass begins and when it ends."""
+        """Called when a part of a pass begins and when it ends."""
         self.resident_tail = True
-        """Whether the layers after the last large map may be run on whole maps."""
+        """Whether the layers after the last large map may run on whole maps."""
         self._spare_files = SpareFiles()
         self.spare_pinned = SparePinned()
         """Host memory that passes on a GPU have left for the maps of the next one."""
@@ -142,7 +142,7 @@ class StreamingModel(ModuleFacade):
         return {**self.__dict__, **emptied}
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move the module, or change its type, and that of ``preprocess`` if it is one."""
+        """Move the module or change its type, and likewise ``preprocess`` if that is a module."""
         if isinstance(self.preprocess, nn.Module):
             self.preprocess.to(*args, **kwargs)
         return super().to(*args, **kwargs)
@@ -153,7 +153,7 @@ class StreamingModel(ModuleFacade):
         return super()._apply(*args, **kwargs)
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """What ``torch.jit.script`` would compile; a streamed pass is no script."""
+        """Refuse ``torch.jit.script``, which cannot compile a streamed pass."""
         raise UnsupportedModel(
             "the model is given to torch.jit.script() or to a module that is: give it the module itself, "
             "which is model.net"
@@ -174,19 +174,21 @@ class StreamingModel(ModuleFacade):
         inputs: Sequence[Any] = (),
         named_inputs: Mapping[str, Any] | None = None,
     ) -> Plan:
-        """How an image of ``shape`` (N, C, H, W) would be run now, in the present mode.
+        """The plan for an image of ``shape`` (N, C, H, W) in the present mode.
 
-        Given the images themselves, as for the model itself, the plan also counts what reading them takes.
+        Given the images themselves, as for the model itself, the plan also counts the bytes of reading them.
 
         A plan that does not fit the budget is returned all the same; see ``Plan.fits``. With gradients
         disabled it is a plan for inference.
 
         Parameters
         ----------
+        shape
+            Shape of the image, or the images as for the model itself.
         dtype
-            Of the image; ``None`` for that of the module's parameters, or of the images that are given.
+            Element type of the image; ``None`` for that of the module's parameters, or of the given images.
         inputs, named_inputs
-            What else goes into the module after the image, in order and by name.
+            The module's further arguments after the image, in order and by name.
 
         Raises
         ------
@@ -213,7 +215,7 @@ class StreamingModel(ModuleFacade):
         loss: Loss,
         **maps: Any,
     ) -> Plan:
-        """How a streamed loss would be run now: parameters as of :meth:`streamed_loss`, or an image's shape.
+        """The plan of a streamed loss; takes the arguments of :meth:`streamed_loss`, or an image's shape.
 
         Raises
         ------
@@ -232,7 +234,7 @@ class StreamingModel(ModuleFacade):
         image: tuple[int, int, int, int] | Image,
         dtype: torch.dtype | None = None,
     ) -> ImageSpec:
-        """What is known of images, or of a shape."""
+        """The spec of images, or of a shape."""
         if not is_image(image):
             return ImageSpec(as_shape(image), dtype or module_dtype(self.net), requires_grad=False)
         reader = BatchReader(image, self.computing_device(), self.preprocess)
@@ -246,7 +248,7 @@ class StreamingModel(ModuleFacade):
         inputs: Sequence[Any] = (),
         named_inputs: Mapping[str, Any] | None = None,
     ) -> Plan:
-        """How an image of ``shape`` (N, C, H, W) would be run on another machine than this.
+        """The plan for an image of ``shape`` (N, C, H, W) on another machine than this.
 
         Raises
         ------
@@ -274,20 +276,20 @@ class StreamingModel(ModuleFacade):
         machine: Machine | None = None,
         reading: BatchCost = NO_READING,
     ) -> Planned:
-        """What was captured of a call, and its plan; the call ends where the plan would be carried out.
+        """Capture a call and plan it; the call ends where the plan would be carried out.
 
         Parameters
         ----------
         shape, dtype
-            Of the image (N, C, H, W).
+            Shape (N, C, H, W) and element type of the image.
         image_gradient
             Whether the image requires a gradient.
         inputs, named
-            What else goes into the module after the image, in order and by name.
+            The module's further arguments after the image, in order and by name.
         machine
-            Where it would be carried out; ``None`` for here.
+            The machine to plan for; ``None`` for this one.
         reading
-            What reading the image takes.
+            Cost of reading the image.
 
         Raises
         ------
@@ -303,21 +305,21 @@ class StreamingModel(ModuleFacade):
     def calls_collectives(self) -> bool:
         """Whether the module calls ``torch.distributed`` itself, in a forward pass planned or run so far.
 
-        Processes then wait for each other within a pass, and have to make equally many.
+        Processes then wait for each other within a pass, and must make equally many passes.
         """
         return self._passes.call_collectives()
 
     def computing_device(self) -> torch.device:
-        """Where the module is, and so where images are brought and passes run."""
+        """The device of the module, to which images are brought and on which passes run."""
         # While another thread's pass is captured, stand-ins take the places of parameters.
         with TRACING:
             return device_of(self.net)
 
     def release(self) -> None:
-        """Give back the memory and the files on disk that passes have kept for the next one.
+        """Give back memory and files on disk that passes have kept for the next one.
 
-        That is never more than passes have taken. Memory of live tensors stays; other models' passes on the
-        CPU lose their kept memory too. It happens by itself when the model is collected.
+        Memory of live tensors stays. Other models' passes on the CPU lose their kept memory too. A model that
+        is collected does this by itself.
         """
         give_back()
         self._spare_files.close()
@@ -337,9 +339,9 @@ class StreamingModel(ModuleFacade):
     def forward(self, image: Image | None = None, *args: Any, **kwargs: Any) -> Any:
         """The module's output for whole images: a tensor (N, C, H, W), a source, or a list of sources.
 
-        The module's other arguments are passed along, by place or by name: tensors on its device, small ones
-        and maps, with gradients, and anything else. A source, or a list of sources, is a map that is read by
-        regions: (N, H, W) if it has one channel, else (N, C, H, W), and int64 if it holds integers.
+        The module's other arguments are passed along, by position or by name: tensors on its device, small
+        ones and maps, with gradients, and anything else. A source, or a list of sources, is a map that is
+        read by regions: (N, H, W) if it has one channel, else (N, C, H, W), and int64 if it holds integers.
 
         Raises
         ------
@@ -359,7 +361,7 @@ class StreamingModel(ModuleFacade):
 
     @_disable_dynamo
     def streamed_loss(self, image: Image, target: Any, loss: Loss, **maps: Any) -> Tensor:
-        """``loss(net(image), target, **maps)``, whose backward gives the gradients of the whole image.
+        """Compute ``loss(net(image), target, **maps)``, whose backward gives the whole image's gradients.
 
         The net's output is a map like any other here: it need not be whole at any time.
 
@@ -368,13 +370,14 @@ class StreamingModel(ModuleFacade):
         image
             As for the model itself.
         target
-            A tensor on the model's device, a source, or a list of sources, which are read by regions: those
+            A tensor on the model's device, a source, or a list of sources. Sources are read by regions: those
             of one channel as (N, H, W), others as (N, C, H, W), integers as int64.
         loss
             A function or module, such as ``torch.nn.functional.cross_entropy``, with options bound by
-            ``functools.partial``. Captures are kept for as long as it is the same one.
+            ``functools.partial``. Calls with an equal loss share their captures.
         maps
-            What else the loss takes, by name, such as weights of pixels: tensors and sources as ``target``.
+            The loss's further arguments by name, such as weights of pixels: tensors and sources like
+            ``target``.
 
         Raises
         ------
@@ -402,7 +405,7 @@ class StreamingModel(ModuleFacade):
         named_inputs: Mapping[str, Any] | None = None,
         class_names: Sequence[str] | None = None,
     ) -> Path:
-        """Write the map that the module gives for one image to a file; the path of that.
+        """Write the map that the module returns for one image to a file, and return the file's path.
 
         The module runs in eval mode. The map goes to disk tile by tile, to a temporary place first (see
         ``spill``), and is never whole in memory. The file gets its name only when it is complete.
@@ -412,23 +415,23 @@ class StreamingModel(ModuleFacade):
         image
             As for the model itself, one image.
         path
-            A folder ``.zarr`` for OME-Zarr 0.5 or a file ``.tif`` or ``.tiff`` for a tiled BigTIFF. The size
-            of a pixel and GeoTIFF's tags are the image's, if its source has some, for the map's own pixels.
+            A folder ``.zarr`` for OME-Zarr 0.5 or a file ``.tif`` or ``.tiff`` for a tiled BigTIFF. If the
+            image's source has a pixel size or GeoTIFF tags, the map gets them, for its own pixels.
         output
-            ``"values"``: the map as it is; ``"classes"``: the largest channel, or of one channel whether it
-            is positive, as uint8 (uint16 if there are more than 256); ``"softmax"`` and ``"sigmoid"``:
-            probabilities as uint8, 255 being 1.
+            ``"values"``: the map as it is; ``"classes"``: the index of the largest channel, or, of one
+            channel, whether it is positive, as uint8 (uint16 if there are more than 256); ``"softmax"`` and
+            ``"sigmoid"``: probabilities as uint8, 255 being 1.
         key
-            Which of several results it is, by name or place.
+            Name or index of the result to write, of several.
         dtype
-            Of values: float32 or float16.
+            Element type of ``"values"``: float32 or float16.
         overwrite
-            Whether a map of the same format that is at ``path`` is replaced.
+            Whether to replace a map of the same format at ``path``.
         inputs, named_inputs
-            What else goes into the module after the image, in order and by name.
+            The module's further arguments after the image, in order and by name.
         class_names
-            Of the classes 0, 1, …, which OME-Zarr keeps as the attribute ``class_names``; TIFF has no place
-            for them.
+            Names of the classes 0, 1, …, which OME-Zarr keeps as the attribute ``class_names``; TIFF has no
+            place for them.
 
         Raises
         ------
@@ -456,9 +459,9 @@ class StreamingModel(ModuleFacade):
         kwargs: dict[str, Any],
         keep: Keep | None = None,
     ) -> Any:
-        """What ``net``, the module or one that contains it, returns for whole images.
+        """The result of ``net``, the module or one that contains it, for whole images.
 
-        With ``keep`` results that are maps stay stored, and what it makes of them takes their places.
+        With ``keep``, results that are maps stay stored, and the stand-ins that it returns replace them.
         """
         reader = BatchReader(image, self.computing_device(), self.preprocess)
         call = ModuleCall(net, forward_pass, Arguments.of(args, kwargs, reader.device))

@@ -1,4 +1,4 @@
-"""Errors of a loss about a target that does not fit, with the file and the place in it."""
+"""Explain errors of a loss about a target that does not fit, with the file and the place in it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from streamcnn.geometry.regions import Interval, Region
 _UNKNOWN_CLASS = re.compile(r"Target (-?\d+) is out of bounds")
 _NOT_ONE_HOT = "Class values must be"
 _SHOWN = 5
-"""Masks that an error names."""
+"""The most masks that an error names."""
 _ROWS = 64
-"""Rows that are looked through at a time."""
+"""Rows that are searched at a time."""
 
 
 def sources_of(value: Any) -> Sequence[ImageSource]:
-    """The sources among a value, which may be one or a list; none in a tensor."""
+    """The sources in a value, which may be one source or a list; none for a tensor."""
     each = list(value) if isinstance(value, (list, tuple)) else [value]
     return [source for source in each if isinstance(source, ImageSource)]
 
 
 @contextmanager
 def explaining(image: Image, target: Any) -> Iterator[None]:
-    """A block in which a loss of the model's output for ``image`` takes ``target``, read from sources or not.
+    """A block that computes a loss of the model's output for ``image`` and ``target``, sources or tensors.
 
     Raises
     ------
@@ -54,7 +54,7 @@ def _raise_better(better: DatasetMismatch | None, error: Exception) -> NoReturn:
 
 
 def _unknown_class(error: IndexError, target: Any) -> DatasetMismatch | None:
-    """Where a target read from sources holds a class that the loss does not know; None for other errors."""
+    """The error for a target read from sources with a class that the loss does not know; None for others."""
     found = _UNKNOWN_CLASS.search(str(error))
     if found is None:
         return None
@@ -71,7 +71,7 @@ def _unknown_class(error: IndexError, target: Any) -> DatasetMismatch | None:
 
 
 def _classes_beyond(error: RuntimeError, target: Any) -> DatasetMismatch | None:
-    """Which classes targets read from sources hold, if the loss does not know them all; else None."""
+    """The error naming the classes in sources, if the loss does not know them all; None for others."""
     if _NOT_ONE_HOT not in str(error):
         return None
     found = [
@@ -98,7 +98,7 @@ def _place_of(source: ImageSource, value: int) -> tuple[int, int] | None:
 
 
 def _other_size(error: Exception, image: Image, target: Any) -> DatasetMismatch | None:
-    """The mask that differs in size from its image, if the loss has refused it; None if there is none."""
+    """The error for a mask that differs in size from its image; None if there is none."""
     images, masks = sources_of(image), sources_of(target)
     size = images[0].shape[1:] if images else tuple(image.shape[2:])  # type: ignore[union-attr]
     for mask in masks:

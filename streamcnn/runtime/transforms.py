@@ -1,7 +1,7 @@
-"""What a streamed pass does not support, each refused by name.
+"""Refuse, by name, what a streamed pass does not support.
 
-These are forward mode, transforms of ``torch.func``, batches of gradients of the outputs, and traces of
-``torch.jit``.
+These are forward-mode differentiation, transforms of ``torch.func``, batches of gradients of the outputs, and
+traces of ``torch.jit``.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from streamcnn.errors import UnsupportedModel
 
 
 def refuse_transforms() -> None:
-    """Make sure that a call is not inside a transform of ``torch.func`` or a trace.
+    """Check that the call is not inside a transform of ``torch.func`` or a trace.
 
     Raises
     ------
     UnsupportedModel
-        If one is.
+        If it is.
     """
     _refuse_tracing()
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -41,12 +41,12 @@ def _refuse_tracing() -> None:
 
 
 def refuse_tangents(image: object, states: Mapping[str, Tensor]) -> None:
-    """Make sure that no input of a pass has a tangent, as in forward-mode differentiation.
+    """Check that no input of a pass has a tangent, as in forward-mode differentiation.
 
     Raises
     ------
     UnsupportedModel
-        If something has one, naming it.
+        If an input has one, naming the input.
     """
     if forward_ad._current_level < 0:
         return
@@ -64,7 +64,7 @@ def _tangent(value: Tensor) -> Tensor | None:
 
 
 def refuse_many_gradients(gradients: Iterable[Tensor | None]) -> None:
-    """Make sure that gradients of outputs are not batches of gradients.
+    """Check that gradients of outputs are not batches of gradients.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""A module with a loss behind it, whose forward pass is a streamed loss."""
+"""A module followed by a loss, whose forward pass is a streamed loss."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from streamcnn.capture.forward_pass import ForwardPass
 from streamcnn.support.recent import Recent
 
 _KEPT = 8
-"""Losses whose captures are kept, the most recently used ones."""
+"""The number of most recently used losses whose captures are cached."""
 
 Loss = Callable[..., Tensor]
-"""From a model's output, a target and further maps by name to a scalar tensor."""
+"""A function of a model's output, a target and further maps by name that returns a scalar tensor."""
 
 
 class WithLoss(nn.Module):
-    """``loss(net(image), target, **maps)``."""
+    """A module that returns ``loss(net(image), target, **maps)``."""
 
     def __init__(self, net: nn.Module, loss: Loss) -> None:
         super().__init__()
@@ -32,13 +32,13 @@ class WithLoss(nn.Module):
 
 
 class LossCalls:
-    """The captured calls of one module with each of its losses behind it."""
+    """The captured calls of one module followed by each of its losses."""
 
     def __init__(self) -> None:
         self._known = Recent[Hashable, tuple[WithLoss, ForwardPass]](_KEPT)
 
     def of(self, net: nn.Module, loss: Loss) -> tuple[WithLoss, ForwardPass]:
-        """``net`` with ``loss`` behind it, and its calls; the same ones for an equal loss."""
+        """``net`` followed by ``loss``, and its captured calls; the same for an equal loss."""
         found, call = self._known.get(_key(loss), lambda: (WithLoss(net, loss), ForwardPass()))
         # Unlike train(), this leaves the parts of both alone.
         found.training = net.training
@@ -46,7 +46,7 @@ class LossCalls:
 
 
 def _key(loss: Loss) -> Hashable:
-    """Equal for equal losses, such as a partial function that is made anew at each update."""
+    """A key that is equal for equal losses, such as a partial function that is made anew at each update."""
     key: Hashable = loss
     if isinstance(loss, partial):
         key = (loss.func, loss.args, tuple(sorted(loss.keywords.items())))
