@@ -1,7 +1,7 @@
 """Exact end-to-end training of CNNs on very large images under a hard memory ceiling.
 
-What needs PyTorch, and what is a module of the package, is imported when its name is first used (PEP 562), so
-that the command line answers ``--help`` and wrong usage at once.
+Names that need PyTorch, and the package's modules, are imported when they are first used (PEP 562), so that
+the command line answers ``--help`` and wrong usage at once.
 """
 
 from typing import TYPE_CHECKING

@@ -1,7 +1,7 @@
-"""Everything that streamcnn raises for what a user can change.
+"""The errors that streamcnn raises for causes that a user can change.
 
-Each error also inherits the built-in that a caller would catch. Broken invariants of our own
-are plain assertions instead.
+Each error also inherits the built-in error that a caller would catch. Broken invariants of our own are plain
+assertions instead.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _LONG_WORD = re.compile(rf"\S{{{_MOST_WORD + 1},}}")
 class StreamError(Exception):
     """Base of all errors raised by streamcnn.
 
-    Its text names what was found. Whatever a file holds there, it stays readable: words of more than 1000
+    An error's text names what was found. It stays readable whatever a file holds: words of more than 1000
     characters and texts of more than 4000 are shown without their middle.
     """
 
@@ -26,14 +26,14 @@ class StreamError(Exception):
 
 
 def _without_middle(text: str, most: int) -> str:
-    """``text``, without its middle where it is longer than ``most`` characters."""
+    """``text``, without its middle if it is longer than ``most`` characters."""
     if len(text) <= most:
         return text
     return f"{text[: most * 3 // 4]}…{text[len(text) - most // 4 + 1 :]}"
 
 
 class PlanDoesNotFit(StreamError, MemoryError):
-    """No plan stays within the budget, or there is no disk for it; raised before the first allocation."""
+    """No plan stays within the budget, or the disk has no room for it; raised before the first allocation."""
 
 
 class BudgetExceeded(StreamError, MemoryError):
@@ -45,7 +45,7 @@ class UnsupportedModel(StreamError, NotImplementedError):
 
 
 class CorruptImage(StreamError, OSError):
-    """An image cannot be read, or holds values no image has."""
+    """An image cannot be read, or holds values that no image has."""
 
 
 class DatasetMismatch(StreamError, ValueError):
@@ -57,15 +57,15 @@ class DamagedCheckpoint(StreamError, OSError):
 
 
 class RunMismatch(StreamError, ValueError):
-    """A run cannot go on with another model, other data or other settings than it began with."""
+    """A run cannot be resumed with another model, other data or other settings than it began with."""
 
 
 class UntrustedModel(StreamError, PermissionError):
-    """A file names code to be run that the caller has not allowed."""
+    """A file names code to run that the caller has not allowed."""
 
 
 class FactoryFailed(StreamError, RuntimeError):
-    """The user's function that should make a model raised; what it raised is the cause."""
+    """The user's function that makes a model raised an error, which is this error's cause."""
 
 
 class RatesUnusable(StreamError, OSError):
@@ -86,7 +86,7 @@ class OtherProcessFailed(StreamError, RuntimeError):
     Attributes
     ----------
     rank
-        Of the one that raises what happened; None if it is gone.
+        Rank of the process that raises the error that happened; None if it is gone.
     """
 
     def __init__(self, text: str = "", *, rank: int | None = None) -> None:
@@ -95,7 +95,7 @@ class OtherProcessFailed(StreamError, RuntimeError):
 
 
 class TrainingDiverged(StreamError, ArithmeticError):
-    """The loss is no number any more."""
+    """The loss is no longer a finite number."""
 
 
 def some(names: Sequence[str]) -> str:

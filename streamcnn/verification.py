@@ -1,4 +1,4 @@
-"""Check a model: streamed against plain PyTorch, in float64, everything that training reads."""
+"""Check a model: compare all that training reads, streamed and in plain PyTorch, in float64."""
 
 from __future__ import annotations
 
@@ -21,23 +21,26 @@ from streamcnn.runtime.streaming_model import StreamingModel
 from streamcnn.support.units import plural
 
 FLOOR = 1e-6
-"""Share of the model's largest norm below which a value counts as noise: a bias before batch norm has a
+"""Share of the largest norm of a kind below which a value counts as noise: a bias before batch norm has a
 true gradient of zero."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """Errors of a streamed pass against the plain one, each ``|a - b| / max(|b|, FLOOR * largest)``."""
+    """Errors of a streamed pass against the plain one, each ``|a - b| / max(|b|, FLOOR * largest)``.
+
+    ``largest`` is the largest norm among the plain pass's outputs, gradients or buffers, each kind by itself.
+    """
 
     errors: Mapping[str, float]
     """By name: ``output <i>``, ``image gradient``, ``gradient of <parameter>``, ``gradient of input <i>``,
     ``gradient of <named input>``, ``buffer <name>``."""
     num_tiles: int
-    """Tiles of the most finely cut phase."""
+    """Number of tiles of the phase that has most."""
     num_phases: int
     sizes: Mapping[str, float]
-    """``|a| / max(|b|, FLOOR * largest)`` by the same names: where the true value is known to be zero, this
-    is the error of the streamed pass alone, whatever the plain one's."""
+    """``|a| / max(|b|, FLOOR * largest)`` by the same names. Where the true value is known to be zero, this
+    is the error of the streamed pass alone, whatever the plain pass's."""
     notes: tuple[str, ...] = ()
     residents: tuple[str, ...] = ()
     """Operators that ran on whole maps for want of a rule, with the reason, as in ``Plan.residents``."""
@@ -62,14 +65,14 @@ class Verification:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What both passes are called with."""
+    """The arguments of both passes."""
 
     image: Tensor
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def fresh(self) -> _Call:
-        """The same values in other tensors, of which all that can have a gradient ask for one."""
+        """The same values in new tensors, which require a gradient if they can have one."""
         return _Call(*pytree.tree_map(_fresh, (self.image, self.args, self.kwargs)))
 
 
@@ -91,18 +94,18 @@ def verify(
     Parameters
     ----------
     net
-        Any module, in the mode that is to be checked; it is not changed.
+        Any module, in the mode to check; it is not changed.
     shape
-        (N, C, H, W) of the image.
+        Shape (N, C, H, W) of the image.
     tile
         As for ``StreamingModel``.
     dtype
         Real type to compare in; float64 shows errors of the method, float32 those of rounding as well.
         Complex parameters, buffers and inputs get the complex type of that precision.
     seed
-        Of the image and of the gradients that arrive at the outputs.
+        Seed of the image and of the gradients that arrive at the outputs.
     inputs, named_inputs
-        What else goes into the module after the image, in order and by name. Each pass takes copies of the
+        The module's further arguments after the image, in order and by name. Each pass takes copies of the
         tensors, on the model's device. Those with a floating-point or complex type are cast, and their
         gradients compared.
 
@@ -121,7 +124,7 @@ def verify(
     call = _Call(_images(shape, seed, dtype).to(device), args, kwargs)
     with _comparing(device):
         expected, found = (_everything(model, call.fresh(), seed) for model in (plain, streamed))
-        # That of the pass, whose image wants a gradient: another one would have to be captured first.
+        # The plan of the pass, whose image requires a gradient: another one would have to be captured first.
         again = call.fresh()
         planned = streamed.planned(shape, dtype, image_gradient=True, inputs=again.args, named=again.kwargs)
     errors, sizes = relative_errors(expected, found)
@@ -140,8 +143,8 @@ def rounding(
 ) -> Mapping[str, float]:
     """Errors of the plain pass of `verify` against itself, with the image changed in its last digit.
 
-    Where these are large the net magnifies rounding, as batch norm over two values does, and an error of a
-    streamed pass that is no larger shows nothing. Names are those of ``Verification.errors``.
+    Where these are large, the net magnifies rounding, as batch norm over two values does, and an error of a
+    streamed pass that is no larger shows nothing. The names are those of ``Verification.errors``.
 
     Parameters
     ----------
@@ -163,13 +166,13 @@ def rounding(
 
 @contextmanager
 def _comparing(device: torch.device) -> Iterator[None]:
-    """Passes with gradients, after which the generators of the host and of ``device`` are as before."""
+    """Enable gradients, and restore the random generators of the host and of ``device`` afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
         yield
 
 
 def _without_dropout(net: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, int]:
-    """A copy of ``net`` in ``dtype`` whose dropout layers drop nothing, and how many of them would have."""
+    """A copy of ``net`` in ``dtype`` whose dropout layers drop nothing, and how many of these would have."""
     plain: nn.Module = copy.deepcopy(net)
     plain._apply(lambda state: _cast(state, dtype))  # type: ignore[no-untyped-call]
     dropped = [m for m in plain.modules() if isinstance(m, _DropoutNd) and m.training and m.p > 0]
@@ -179,14 +182,14 @@ def _without_dropout(net: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, int
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor`` in the real or complex type of that precision; whole numbers and truths as they are."""
+    """``tensor`` in the real or complex type of that precision; integers and booleans as they are."""
     if tensor.is_complex():
         return tensor.to(dtype.to_complex())
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _fresh(leaf: Any) -> Any:
-    """A copy of a tensor, which asks for a gradient if it can have one."""
+    """A copy of a tensor, which requires a gradient if it can have one; anything else as it is."""
     if not isinstance(leaf, Tensor):
         return leaf
     return leaf.detach().clone().requires_grad_(has_gradient(leaf.dtype))
@@ -195,8 +198,8 @@ def _fresh(leaf: Any) -> Any:
 def _images(shape: tuple[int, int, int, int], seed: int, dtype: torch.dtype) -> Tensor:
     """Random images that differ in brightness and contrast.
 
-    The pooled vectors of images that do not are nearly the same, and a batch norm of those magnifies their
-    rounding instead of showing errors of the method.
+    Otherwise their pooled vectors would be nearly the same, and a batch norm of these would magnify rounding
+    instead of showing errors of the method.
     """
     image = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
     step = torch.linspace(-1, 1, shape[0] + 2, dtype=dtype)[1:-1].view(-1, 1, 1, 1)
@@ -234,7 +237,7 @@ def _outputs(result: Any) -> dict[str, Tensor]:
 
 
 def _leaves(model: nn.Module, call: _Call) -> dict[str, Tensor]:
-    """Parameters and further inputs by name; an input that is called as a parameter is told from it."""
+    """Parameters and further inputs by name; an input with a parameter's name is called ``input <name>``."""
     found: dict[str, Tensor] = dict(model.named_parameters())
     given = {f"input {index}": value for index, value in enumerate(call.args)} | call.kwargs
     for outer, value in given.items():
@@ -248,7 +251,7 @@ def _leaves(model: nn.Module, call: _Call) -> dict[str, Tensor]:
 def relative_errors(
     expected: Mapping[str, Mapping[str, Tensor]], found: Mapping[str, Mapping[str, Tensor]]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Errors and sizes of everything that was found."""
+    """Errors and sizes by name, as in `Verification`."""
     errors: dict[str, float] = {}
     sizes: dict[str, float] = {}
     for kind, references in expected.items():
@@ -266,7 +269,7 @@ def relative_errors(
 
 
 def _distance(value: Tensor | None, reference: Tensor) -> float:
-    """``|value - reference|``: all of the reference where there is no value, infinite for another shape."""
+    """``|value - reference|``; ``|reference|`` if there is no value, infinite for another shape."""
     if value is None:
         return _norm(reference)
     if value.shape != reference.shape:
