@@ -36,12 +36,12 @@ class Axes:
     """``Y``, ``X`` or ``C`` if that is the name's meaning, otherwise the name."""
 
     def is_never_channels(self, position: int) -> bool:
-        """Whether the name means time, depth or a spatial axis."""
+        """Whether the name means something other than channels, such as time, depth or scenes."""
         return self.names[position].lower() in _NEVER_CHANNELS
 
     @classmethod
     def of_names(cls, names: Sequence[object], types: Sequence[str | None] = ()) -> Axes | None:
-        """The axes by their names; None if the names have no meaning, like None and ``dim_0``.
+        """The axes by their names; None if no name has a meaning, as None and ``dim_0`` have none.
 
         Parameters
         ----------

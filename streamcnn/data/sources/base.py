@@ -157,7 +157,9 @@ class ImageSource(ABC):
 
 
 class FileSource(ImageSource):
-    """An image in a file, a folder or an array; any failure to read it becomes a `CorruptImage`.
+    """An image in a file, a folder or an array; failures to read it become `CorruptImage`.
+
+    Only a lack of memory and a package that is not installed raise errors of their own.
 
     Subclasses implement `_load`, and need not handle empty regions, byte order or messages.
     """
@@ -198,7 +200,7 @@ def as_sources(image: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
     DatasetMismatch
         If there is no image, or one differs from the first.
     TypeError
-        If ``image`` is not a sequence, or an item is not an `ImageSource`.
+        If ``image`` is neither a source nor a list, or an item is not an `ImageSource`.
     """
     # A list of these would have the keys, the letters or the rows.
     has_parts = isinstance(image, (Mapping, str, bytes)) or hasattr(image, "__array__")

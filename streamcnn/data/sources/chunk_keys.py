@@ -122,7 +122,10 @@ def _is_chunk(array: ZarrArray, match: re.Match[str] | None) -> bool:
 async def _probed(
     array: ZarrArray, encodings: list[ChunkKeyEncoding]
 ) -> tuple[ChunkKeyEncoding | None, bool]:
-    """The first of ``encodings`` under which a chunk exists, and whether all chunks were requested."""
+    """The first of ``encodings`` under which a chunk exists, and whether the answer is certain.
+
+    That no chunk was found is certain only if all chunks were requested.
+    """
     spread = [sorted({0, count // 2, count - 1}) for count in _grid(array)]
     places = list(itertools.islice(itertools.product(*spread), _NUM_PROBED))
     prefix = f"{array.path}/" if array.path else ""

@@ -151,9 +151,10 @@ def regular(path: str | Path) -> os.stat_result:
 
 @contextmanager
 def opening(name: str, what: str) -> Iterator[None]:
-    """Turn any error in the block into a `CorruptImage` which says that ``name`` is no ``what``.
+    """Turn errors in the block into a `CorruptImage` which says that ``name`` is no ``what``.
 
-    For URLs, neither the text nor the cause in a traceback contains credentials.
+    Only streamcnn's own errors and ``MemoryError`` pass unchanged. For URLs, neither the text nor the cause
+    in a traceback contains credentials.
     """
     shown = without_secrets(name)
     try:

@@ -2,9 +2,10 @@
 
 Zarr reads missing data as the array's fill value: a chunk that was never written, but also one that was lost,
 an empty shard file, and an inner chunk beyond the end of its shard. Through `GuardedStore`, the last two are
-always errors, and so is any read once the whole array is gone. With ``missing="error"``, missing chunks are
-errors too. This reads nothing that zarr does not read. A chunk that is larger than possible, as stored or
-decoded, is an error before it is read.
+always errors, and so is a missing chunk once the whole array is gone. With ``missing="error"``, all missing
+chunks are errors. This reads nothing that zarr does not read. A chunk that is larger than possible is an
+error too: as stored, before it is read, unless only a network request would tell its size; as decoded, by
+``streamcnn.data.sources.inflating``.
 """
 
 from __future__ import annotations
@@ -124,8 +125,8 @@ class GuardedStore(WrapperStore[Store]):
         Raises
         ------
         CorruptImage
-            If there are fewer than requested, or more than possible, ``key`` is not a file, or it is missing
-            and must not be.
+            If there are fewer than requested or more than possible, ``key`` is a pipe, a socket or a device,
+            or it is missing and must not be.
         """
         if isinstance(byte_range, RangeByteRequest):
             self._check_range(key, byte_range)
@@ -176,8 +177,8 @@ def guarded(name: str, array: ZarrArray, missing: MissingChunks) -> tuple[ZarrAr
     Raises
     ------
     DatasetMismatch
-        If inner chunks must not be missing and the array's shards cannot be inspected, or its chunks
-        must not be read.
+        If inner chunks must not be missing and the array's shards cannot be inspected, a shard holds too many
+        chunks, or chunks are pickles.
     """
     metadata = "zarr.json" if array.metadata.zarr_format == 3 else ".zarray"
     key = f"{array.path}/{metadata}" if array.path else metadata

@@ -1,7 +1,9 @@
 """Decoders of zarr chunks that stop at a chunk's size.
 
-Nine kilobytes can inflate to gigabytes. The size that a compressed chunk announces is compared with its size
-in the array before a byte is decoded; formats that announce none are decoded piece by piece.
+Nine kilobytes can inflate to gigabytes. The size that a chunk in blosc, lz4 or zstd announces is compared
+with its size in the array before a byte is decoded. gzip, zlib, bz2 and lzma announce none, and are decoded
+no further than that size. zstd without a size is decoded into a buffer of the chunk's size. Other codecs are
+called as they are.
 """
 
 from __future__ import annotations
@@ -153,7 +155,7 @@ def decode(codec: Any, data: Any, limit: int, *, is_exact: bool) -> Any:
     Raises
     ------
     CorruptImage
-        If it would have more.
+        If the result would have more, or the data are cut short or do not tell a size that is needed.
     """
     start = _STREAMS.get(codec.codec_id)
     if start is not None:

@@ -147,7 +147,8 @@ def open_chosen(path: str | Path, choice: ImageChoice) -> ImageSource:
 def is_image(path: str | Path) -> bool:
     """Whether `open_image` supports what is at ``path``, which may still be damaged.
 
-    A zarr group is an image only if it is an OME-Zarr image, not if it contains some.
+    A zarr group is an image only if it is an OME-Zarr image or a series by bioformats2raw, not if it merely
+    contains images.
 
     Raises
     ------

@@ -84,7 +84,7 @@ class PictureSource(FileSource):
     CorruptImage
         If there is no such file, or it is not a picture.
     DatasetMismatch
-        If the picture is too large, or Pillow would drop half of its bits.
+        If the picture is too large, its kind of pixels is unsupported, or Pillow would drop half of its bits.
     MissingExtra
         If Pillow is not installed.
     """

@@ -60,7 +60,7 @@ def resolved_path(path: str | Path) -> Path:
     Raises
     ------
     CorruptImage
-        If it is a remote URL, or there is no home folder.
+        If it is a remote URL or names another machine, or there is no home folder.
     """
     where = _resolved(path)
     if isinstance(where, str):
@@ -113,7 +113,7 @@ def looked_at(path: Path) -> Path:
 
 
 class RegularFiles(WrapperStore[Store]):
-    """A store of a folder or zip file that reads only regular files, and metadata of limited size."""
+    """A store of a folder or zip file that refuses pipes, sockets, devices and metadata that is too large."""
 
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
@@ -123,7 +123,7 @@ class RegularFiles(WrapperStore[Store]):
         Raises
         ------
         CorruptImage
-            If it is not a regular file, or too large for metadata.
+            If it is a pipe, a socket or a device, or too large for metadata.
         """
         is_metadata = key.rpartition("/")[2] in _METADATA_FILES
         check_stored(self._store, key, METADATA_BYTES if is_metadata else None)
@@ -131,7 +131,7 @@ class RegularFiles(WrapperStore[Store]):
 
 
 def check_stored(store: Store, key: str, most: int | None) -> None:
-    """Raise `CorruptImage` if ``key`` is not a regular file or has more than ``most`` bytes.
+    """Raise `CorruptImage` if ``key`` is a pipe, a socket or a device, or has more than ``most`` bytes.
 
     Stores whose sizes are known only by a network request are not checked.
     """

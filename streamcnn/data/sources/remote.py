@@ -90,7 +90,7 @@ def _status(error: BaseException) -> int | None:
 
 
 class RemoteFile(io.RawIOBase):
-    """A file at a URL, of which only requested parts are read; blocks of its headers are kept.
+    """A file at a URL, of which only requested parts are read; blocks of small reads are cached.
 
     Like a file, it must not be used by several threads at once.
 
@@ -128,11 +128,11 @@ class RemoteFile(io.RawIOBase):
             self._block((self._size - 1) // _BLOCK)
 
     def readable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def tell(self) -> int:

@@ -48,10 +48,10 @@ _UNKNOWN_AXES = set("QI")  # tifffile's letters for an axis of unknown meaning
 class TiffSource(FileSource):
     """One level of one image of a TIFF file, of which only the tiles or strips under a region are decoded.
 
-    Uncompressed, contiguous pixels are mapped into memory. An image that is a single compressed tile or strip
-    is decoded whole at its first read and kept. Of several tiles or strips, those larger than the part that
-    is read are kept, decoded, in a cache; others are decoded each time. The file is open only while it is
-    read. Tiles that a sparse file lacks read as its fill value.
+    Uncompressed, contiguous pixels are mapped into memory. An image with a single compressed tile or strip
+    per plane is decoded whole at its first read and kept. Of several tiles or strips, those of 4 MiB and more
+    that are larger than the part that is read are kept, decoded, in a cache; others are decoded each time.
+    The file is open only while it is read. Tiles that a sparse file lacks read as its fill value.
 
     Pixels are made upright by the file's orientation. Grey is inverted if 0 is white, CMYK and Aperio's YCbCr
     become RGB, and colours multiplied by alpha are divided by it. Pixels outside a LERC mask are NaN.
@@ -67,7 +67,7 @@ class TiffSource(FileSource):
         Which axis of a stack of three axes is the channels, if the file does not say it; if it does, this may
         only agree.
     max_pixels : largest tile or strip, in pixels, that may be decoded
-    cache_bytes : limit on kept bytes of decoded tiles or strips, unless the image is a single one
+    cache_bytes : limit on kept bytes of decoded tiles or strips, unless a plane is a single one
 
     Raises
     ------
@@ -153,7 +153,7 @@ class TiffSource(FileSource):
 
     @property
     def placement(self) -> Placement:
-        """The placement of the full resolution, by OME-XML and GeoTIFF tags, unless the image is rotated."""
+        """The placement of the full resolution, by OME-XML and GeoTIFF tags, if it is stored upright."""
         with opening(self.name, "TIFF"), tiff_file(self._request.path) as file:
             image, _ = _level(self._request, file)
             is_upright = self._orientation.is_upright

@@ -128,7 +128,7 @@ def check_chunk(name: str, page: TiffPage, size: tuple[int, int], max_pixels: in
 
 
 def bound_pictures(name: str, page: TiffPage, size: tuple[int, int]) -> None:
-    """Let the page's decoder refuse a tile whose own picture is larger than the tile of ``size`` (H, W).
+    """Let the page's decoder refuse a tile whose own picture has over twice the pixels of ``size`` (H, W).
 
     Reading such a tile raises `CorruptImage`.
     """

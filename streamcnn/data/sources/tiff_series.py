@@ -68,7 +68,7 @@ def check_number(path: str, what: str, asked: int, found: int) -> None:
 
 @contextmanager
 def told_if_opened() -> Iterator[None]:
-    """Hold back what tifffile logs of a file in the block; of one that is refused, the error says it all."""
+    """Pass on what tifffile logs in the block only if it raises no error, which would say all."""
     logger, thread = logging.getLogger("tifffile"), threading.get_ident()
     held: list[logging.LogRecord] = []
 
@@ -113,6 +113,8 @@ def tiff_series(path: str | Path) -> list[SeriesFacts]:
     ------
     CorruptImage
         If there is no such file, or it is damaged.
+    DatasetMismatch
+        If its description tells of too many planes.
     """
     with opening(str(path), "TIFF"), tiff_file(place(path)) as file:
         shown = without_secrets(str(path))

@@ -46,7 +46,8 @@ _CHUNK_COPIES = 2
 class ZarrSource(FileSource):
     """An image in a zarr array or OME-Zarr group, of which only the chunks under a region are read.
 
-    Chunks larger than the part that is read are kept, decoded, in a cache; others are decoded each time.
+    Chunks of 4 MiB and more that are larger than the part that is read are kept, decoded, in a cache; others
+    are decoded each time.
 
     Parameters
     ----------

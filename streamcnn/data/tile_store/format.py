@@ -212,7 +212,7 @@ class Head:
 
 
 def parse_head(line: str | bytes, path: Path) -> Head:
-    """The first line of a manifest.
+    """Parse the first line of a manifest.
 
     Raises
     ------

@@ -103,7 +103,7 @@ class TileStore:
         }
 
     def codec(self) -> str | None:
-        """The codec of pixels, from the first image; None in an empty store.
+        """Names and settings of the pixels' compressors, from the first image; None in an empty store.
 
         Raises
         ------

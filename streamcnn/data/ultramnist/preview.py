@@ -42,7 +42,7 @@ def write_contact_sheet(
     Raises
     ------
     DatasetMismatch
-        If the split has no images, or boxes are requested and unknown.
+        If the split has no labelled images, or boxes are requested and unknown.
     ValueError
         If the path's ending is not that of a picture format.
     MissingExtra
