@@ -156,7 +156,7 @@ def row(key: str, scale_folder: Path, folder: Path, parent: int) -> None:
 def _generated(
     scale: Scale, folder: Path, digits: Digits, workers: int, deadline: Deadline, console: Console
 ) -> TileStore:
-    """The images of a scale, with a progress bar where they are made now."""
+    """The images of a scale, made now with a progress bar if they are missing."""
     with ProgressBar(
         *ProgressBar.get_default_columns(), console=console, transient=True, disable=not console.is_terminal
     ) as bar:
@@ -175,7 +175,7 @@ def _generated(
 
 
 def _folder_of(key: Key) -> str:
-    """Where a row keeps its checkpoints, apart from those of all other rows."""
+    """The folder of a row's checkpoints, which no other row uses."""
     start = "pretrained" if key.pretrained else "random"
     return f"{key.method}-{key.budget}-{key.seed}-{start}-{key.device}-{key.images}"
 

@@ -3,9 +3,9 @@
     python -m benchmarks.memory_curve run resnet18 --size 4000 --budget 1GiB
     python -m benchmarks.memory_curve draw      # the last record into docs/images/memory_curve.png
 
-Each kind has a process of its own, which makes one pass that is not measured and gives back what that has
-kept. Resident memory above what is left is then read every 10 ms during another pass. Images are random; the
-picture shows one of UltraMNIST, with the tiles of the plan's first phase.
+Each kind runs in a process of its own, which makes one pass that is not measured and gives back the memory
+that this pass has kept. During another pass, resident memory above that level is read every 10 ms. Images are
+random; the picture shows one of UltraMNIST, with the tiles of the plan's first phase.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from streamcnn.support.units import format_bytes, parse_bytes
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "memory_curve.png"
 _RECORDS = RESULTS / "memory_curve.jsonl"
 _MOST_POINTS = 400
-"""Of a curve that is recorded; each is the highest of its stretch of time."""
+"""The most points of a recorded curve, each the highest of its stretch of time."""
 _PLAIN, _PLAIN_WORDS, _STREAMED, _BUDGET = "#8a8f98", "#4b5058", "#1f6feb", "#c62828"
 _DIGITS = (0, "test", 3)
 """Seed, split and index of the image that is shown."""
@@ -78,7 +78,7 @@ def draw(out: Annotated[Path, typer.Option(help="The picture, replaced if it is 
 
 
 def thinned(readings: list[tuple[float, int]], most: int = _MOST_POINTS) -> list[tuple[float, int]]:
-    """At most so many of a curve's points, each the highest of its stretch, so that no peak is lost."""
+    """A curve thinned to its highest point in each stretch, so that no peak is lost."""
     step = -(-len(readings) // most)
     stretches = [readings[at : at + step] for at in range(0, len(readings), step)]
     return [(round(seconds, 2), nbytes) for seconds, nbytes in (max(each, key=_height) for each in stretches)]

@@ -7,9 +7,9 @@
 
 Images are zarr arrays of random bytes on disk, made beforehand and read tile by tile. On the CPU the peak is
 the kernel's high-water mark of resident memory above what the process holds with library, model, optimiser
-and plan loaded, and the budget is enforced by the kernel's limit on the data segment. On a GPU the peak is
-what NVML says that the process holds there, CUDA's context included, and PyTorch's allocator is capped. A
-case that does not fit is refused before it starts and is a result too.
+and plan loaded, and the kernel's limit on the data segment enforces the budget. On a GPU the peak is the
+process's memory according to NVML, CUDA's context included, and PyTorch's allocator is capped. A case that
+does not fit is refused before it starts, which is a result too.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ RANDOM_MODELS = (
     "benchmarks.networks:UNet",
 )
 EXTRA_ON_CUDA = 2**30
-"""More for random budgets on a GPU, where CUDA's context and libraries are part of them."""
+"""Bytes added to random budgets on a GPU, where CUDA's context and libraries are part of them."""
 Record = Annotated[bool, typer.Option(help="Append to results/peak_memory.jsonl.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 
@@ -174,7 +174,7 @@ def reading(path: Path, budget: str) -> None:
 
 
 def _watched(path: Path, budget: str) -> dict[str, Any]:
-    """What `reading` finds, and its peak of resident memory above its start as this process reads it."""
+    """The result of `reading`, and its peak of resident memory above its start, as read by this process."""
     command = [sys.executable, "-m", "benchmarks.peak_memory", "reading", str(path), budget]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdin is not None
@@ -192,7 +192,7 @@ def _watched(path: Path, budget: str) -> dict[str, Any]:
 
 
 def _write_formats(folder: Path, size: int) -> list[Path]:
-    """The same random image as a PNG, a TIFF in one strip, and zarr arrays in one chunk and in many."""
+    """Write one random image as a PNG, a TIFF in one strip, and zarr arrays in one chunk and in many."""
     random_numbers = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (3, size, size), dtype=torch.uint8, generator=random_numbers)
     channels_last = pixels.permute(1, 2, 0).contiguous().numpy()
@@ -287,7 +287,7 @@ def one(model: str, folder: Path, budget: str, tile: int, gradients: str, dtype:
 
 
 def _draw_norms(net: nn.Module) -> None:
-    """Give norms random weights: timm starts the last one of a block at zero, which stops its gradients."""
+    """Give norms random weights: timm starts a block's last norm at zero, which stops its gradients."""
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)

@@ -1,9 +1,9 @@
-"""Seconds that planning takes, each model in a fresh process, and then in another that finds its plans.
+"""Time planning of each model in a fresh process, and then in another process that finds the plans.
 
     python -m benchmarks.planning_time run resnet50 tf_efficientnet_b7 --size 4000 --budgets 2GiB,8GiB
 
-Capture, tracing and the search are timed apart, and asking for the plan again and for images of other sizes;
-nothing is run. The machine's rates are measured beforehand.
+Capture, tracing and the search are timed separately, and so is asking for the plan again and for images of
+other sizes. No pass is run. The machine's rates are measured beforehand.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ def one(model: str, size: int, budget: str) -> None:
 
 
 def _plan_seconds(model: StreamingModel, size: int) -> float:
-    """Seconds to plan for images of a size."""
+    """Seconds that planning for images of a size takes."""
     start = time.perf_counter()
     model.plan((1, 3, size, size))
     return round(time.perf_counter() - start, 2)
 
 
 def _time(name: str, seconds: dict[str, float]) -> None:
-    """Have planning's call of ``name`` note how long it takes."""
+    """Patch ``plan_cache`` so that its calls of ``name`` note how long they take."""
     original = getattr(plan_cache, name)
 
     def timed(*args: Any, **options: Any) -> Any:

@@ -25,14 +25,14 @@ def device_name(*, cpu: bool = False) -> str:
 
 
 def resident_bytes(process: int) -> int:
-    """Resident memory of another process now, by its number."""
+    """Present resident memory in bytes of the process with this number."""
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def commit() -> str:
     """Short hash of the checked-out commit, with a mark if files other than results differ from it.
 
-    A copy without its history says which commit it is by the environment variable ``STREAMCNN_COMMIT``.
+    In a copy without its history, the environment variable ``STREAMCNN_COMMIT`` names the commit.
     """
     if named := os.environ.get("STREAMCNN_COMMIT"):
         return named
@@ -48,7 +48,8 @@ def _git(*arguments: str) -> str:
 
 
 def in_fresh_process(module: str, *arguments: str) -> dict[str, Any]:
-    """What ``python -m module arguments`` prints on its last line, a JSON object; its errors end this one."""
+    """Run ``python -m module arguments`` and return the JSON object on its last line; its errors end this
+    process."""
     process = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(process, capture_output=True, text=True, check=False)
     if done.returncode:

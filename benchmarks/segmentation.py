@@ -48,7 +48,7 @@ loss_of = partial(F.cross_entropy, ignore_index=IGNORED)
 
 
 def write_scene(folder: Path, size: int) -> tuple[ZarrSource, ZarrSource]:
-    """An image of noise and a mask of its brightest band, written chunk by chunk unless they are there."""
+    """Write an image of noise and a mask of its brightest band chunk by chunk, unless they exist."""
     image, mask = folder / f"image-{size}.zarr", folder / f"mask-{size}.zarr"
     if not mask.exists():
         generator = np.random.default_rng(0)
@@ -83,12 +83,12 @@ def write_scene(folder: Path, size: int) -> tuple[ZarrSource, ZarrSource]:
 
 
 def scaled(tile: Tensor) -> Tensor:
-    """Pixels as floats around 0."""
+    """Convert pixels to floats around 0."""
     return tile.float() / 2**16 - 0.5
 
 
 def scaled_exactly(tile: Tensor) -> Tensor:
-    """The same in float64."""
+    """Convert pixels to float64 around 0."""
     return tile.double() / 2**16 - 0.5
 
 

@@ -1,4 +1,4 @@
-"""Passes over and over in one process: whether memory and page faults stay what they were.
+"""Repeat passes in one process, to see whether memory and page faults stay constant.
 
     python -m benchmarks.soak updates resnet18 --size 512 --budget 128MiB --count 500
     python -m benchmarks.soak threads --count 200
@@ -125,7 +125,7 @@ class _Passes:
         self.errors: list[Exception] = []
 
     def run(self, count: int, together: threading.Barrier, seed: int) -> None:
-        """Make passes, each begun at another moment of the other thread's."""
+        """Make passes that begin at varying moments of the other thread's passes."""
         together.wait()
         for index in range(count):
             time.sleep(0.001 * (37 * (index + seed) % 20))

@@ -2,9 +2,9 @@
 
     python -m benchmarks.tile_codecs
 
-Each codec writes an image as one shard of 512x512 chunks and reads it back, in turns with the others;
-times are medians over the rounds. The binary image is UltraMNIST's, the photograph scikit-learn's, mirrored
-to 2048x2048 pixels.
+Each codec in turn writes an image as one shard of 512x512 chunks and reads it back, in several rounds; times
+are medians over the rounds. The binary image is UltraMNIST's, the photograph scikit-learn's, mirrored to
+2048x2048 pixels.
 """
 
 from __future__ import annotations

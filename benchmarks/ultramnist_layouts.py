@@ -35,7 +35,7 @@ def main(
 
 
 def figures(layouts: list[Layout]) -> Iterator[tuple[str, str]]:
-    """Name and value of each row of the table."""
+    """The name and value of each row of the table."""
     for count in (3, 4, 5):
         yield f"images with {count} digits", percent([len(layout.digits) == count for layout in layouts])
     smallest = [min(digit.side for digit in layout.digits) for layout in layouts]
@@ -55,7 +55,7 @@ def figures(layouts: list[Layout]) -> Iterator[tuple[str, str]]:
 
 
 def percent(flags: list[bool]) -> str:
-    """The share of flags that are set."""
+    """The percentage of flags that are set."""
     return f"{100 * fmean(flags):.1f} %"
 
 

@@ -1,9 +1,9 @@
-"""Images per second of one core, and memory, while UltraMNIST images are made and written.
+"""Measure images per second and core, and memory, of making and writing UltraMNIST images.
 
     python -m benchmarks.ultramnist_speed --digits path/to/mnist
 
-All work is done in this process by one thread, as each worker of ``streamcnn ultramnist generate`` does it.
-The clock starts after the first image. Memory is what is resident after each image.
+One thread of this process does all work, like each worker of ``streamcnn ultramnist generate``. The clock
+starts after the first image. Memory is resident memory after each image.
 """
 
 from __future__ import annotations
