@@ -1,8 +1,8 @@
-"""What happens under a ceiling on host memory, one process per case: ``python ceiling_cases.py``.
+"""Cases under a ceiling on host memory, each in a process of its own: ``python ceiling_cases.py``.
 
-A limit left behind, or a heap full of another case's holes, would decide the next case. Each runs in
-a child forked before PyTorch has started any thread, which saves importing PyTorch every time.
-Prints one JSON object: what each case returned, null where its process died.
+A limit left behind, or a heap full of another case's holes, would affect the next case. Each case runs in a
+child forked before PyTorch has started any thread, which saves importing PyTorch every time. The program
+prints one JSON object: what each case returned, null where its process died.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def soft_limit() -> int:
 
 
 def error_of(action: Callable[[], object]) -> tuple[bool, str] | None:
-    """What ``action`` raises, and whether that is known as out of memory; None if nothing."""
+    """Whether the error of ``action`` counts as out of memory, and its text; None if it raises none."""
     try:
         action()
     except Exception as error:
@@ -102,7 +102,7 @@ def peaks() -> Any:
 
 
 def marks() -> list[int]:
-    """What the user reads of the process's own peak: ``ru_maxrss`` and ``VmHWM``, in bytes."""
+    """The process's peak as the user reads it, in bytes: ``ru_maxrss`` and ``VmHWM``."""
     with open("/proc/self/status") as lines:
         mark = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     return [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, mark * 1024]

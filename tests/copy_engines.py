@@ -1,7 +1,7 @@
 """A GPU's copy engines without a GPU: copies take place as late as their order allows.
 
-So whoever reads a tile that has not come, changes or drops one that has not gone, or reuses host memory that
-a copy still reads, finds it here every time; on a GPU it shows now and then.
+So code that reads a tile before it has come, changes or drops one before it has gone, or reuses host memory
+that a copy still reads, fails here every time; on a GPU it would fail now and then.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from streamcnn.stores.transfers import Copies
 
 Mark = tuple[str, int]
-"""Of which queue, and after how many of its entries; what a CPU computes is done at once."""
+"""The queue, and the number of its entries to wait for; a CPU's computation is done at once."""
 
 
 @dataclass
@@ -24,14 +24,14 @@ class _Copy:
     target: Tensor
     source: Tensor
     expected: Tensor
-    """What the source held when the copy was asked for."""
+    """The values of the source when the copy was asked for."""
     on_device: Tensor
-    """One of the two: its memory would be used for something else as soon as it is let go of."""
+    """The target or source on the device, whose memory would be reused as soon as it is dropped."""
 
 
 @dataclass
 class LateCopies:
-    """Copies between host memory and a "device" that is the host, too."""
+    """Copies between host memory and a "device" that is the host too."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     pins: bool = True
@@ -40,7 +40,7 @@ class LateCopies:
     num_brought: int = 0
     num_taken: int = 0
     num_settled: int = 0
-    """How often the host waited for a copy that was not done."""
+    """How often the host waited for a copy that had not been made."""
 
     def __post_init__(self) -> None:
         self._queues: dict[str, deque[list[_Copy]]] = {"in": deque(), "out": deque()}
@@ -48,46 +48,46 @@ class LateCopies:
 
     @property
     def num_open(self) -> int:
-        """Copies that were asked for, and that nothing has waited for."""
+        """Number of requests for copies for which nothing has waited yet."""
         return sum(map(len, self._queues.values()))
 
     def mark(self) -> Mark:
-        """What is computed is done."""
+        """The mark of computation, which is done at once."""
         return "computed", 0
 
     def bring(self, copies: Copies, after: Mark) -> Mark:
-        """The device's memory may be had for something else only after the copy, the host's changed."""
+        """Queue copies to the device: until they are made, targets must be held and sources unchanged."""
         self.num_brought += len(copies)
         for target, _ in copies:
             _spoil(target)
         return self._ask("in", [_Copy(_alias(t), _alias(s), s.clone(), _alias(t)) for t, s in copies])
 
     def take(self, copies: Copies, after: Mark) -> Mark:
-        """As `bring`; memory of the device that is let go of is used for something else at once."""
+        """Queue copies from the device: until they are made, sources must be held and unchanged."""
         self.num_taken += len(copies)
         return self._ask("out", [_Copy(_alias(t), _alias(s), s.clone(), _alias(s)) for t, s in copies])
 
     def hold(self, mark: Mark) -> None:
-        """What a CPU computes next is computed at once."""
+        """Make the copies up to a mark, as computation that waits for it is done at once."""
         self._reach(mark)
 
     def settle(self, mark: Mark) -> None:
-        """Have it done."""
+        """Make the copies up to a mark, and count if there were any."""
         self.num_settled += self._reach(mark)
 
     def settle_all(self) -> None:
-        """Have all of it done."""
+        """Make all copies."""
         for queue, asked in self._queues.items():
             self.num_settled += self._reach((queue, self._done[queue] + len(asked)))
 
     def buffer(self, shape: Sequence[int], dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
-        """Memory with anything in it."""
+        """Memory filled with arbitrary values."""
         buffer = torch.empty(tuple(shape), dtype=dtype, memory_format=memory_format)
         _spoil(buffer)
         return buffer
 
     def pin(self, block: Tensor) -> Callable[[], None] | None:
-        """Count it."""
+        """Count the block's bytes as pinned."""
         if not self.pins:
             return None
         self.num_pinned += block.nbytes
@@ -128,7 +128,7 @@ class LateCopies:
         return 1
 
     def _is_held(self, x: Tensor) -> bool:
-        """Whether somebody else has memory of the device."""
+        """Whether a tensor other than those of the copies uses the memory of ``x``."""
         copies = [copy for each in self._queues.values() for asked in each for copy in asked]
         held = [t for copy in copies for t in (copy.target, copy.source, copy.on_device)]
         place = x.untyped_storage().data_ptr()
@@ -140,14 +140,14 @@ def _alias(x: Tensor) -> Tensor:
 
 
 def _num_uses(x: Tensor) -> int:
-    """Tensors in the memory of ``x``."""
+    """The number of tensors in the memory of ``x``."""
     alone = torch.empty(1)
     counted = [torch._C._storage_Use_Count(t.untyped_storage()._cdata) for t in (x, alone)]
     return counted[0] - counted[1] + 1
 
 
 def _order(x: Tensor) -> list[int]:
-    """The strides that matter."""
+    """The strides of axes longer than 1."""
     return [stride for stride, extent in zip(x.stride(), x.shape, strict=True) if extent > 1]
 
 

@@ -1,4 +1,4 @@
-"""A small net whose update can be failed in the middle, and what such an update must not touch."""
+"""A small net whose update can be made to fail midway, and the state that such an update must not change."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make_model(spill: Path | None = None, **options: Any) -> StreamingModel:
 
 
 def everything_of(model: nn.Module) -> dict[str, Any]:
-    """A copy of all that a failed pass must not touch."""
+    """A copy of all that a failed pass must not change."""
     gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters()}
     found = {**model.state_dict(), **gradients, "random state": torch.get_rng_state()}
     return {name: None if value is None else value.detach().clone() for name, value in found.items()}

@@ -1,4 +1,4 @@
-"""A ``torch.cuda`` without a GPU: what the ceiling uses of it, for a card that a test makes up.
+"""A stand-in for the part of ``torch.cuda`` that the ceiling uses, for a card that a test makes up.
 
 ``tests/test_ceiling_cuda_process.py`` compares its signatures with the real module's.
 """
@@ -16,7 +16,7 @@ CONTEXT = 500 * 2**20
 
 
 class FakeCuda:
-    """One card with PyTorch's allocator; what is reserved shows in NVML's numbers.
+    """One card with PyTorch's allocator; reserved memory shows in NVML's numbers.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ class FakeCuda:
             self.process.usedGpuMemory = held
 
     def allocate(self, nbytes: int) -> None:
-        """A tensor, by PyTorch's allocator."""
+        """Allocate a tensor by PyTorch's allocator."""
         fresh = max(0, nbytes - self.cached)
         if self.live + self.cached + fresh > self.fraction * self.total:
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {nbytes} bytes")
@@ -71,13 +71,13 @@ class FakeCuda:
         self._show()
 
     def free(self, nbytes: int) -> None:
-        """The tensor is gone; its memory stays cached."""
+        """Free a tensor, whose memory stays cached."""
         self.live -= nbytes
         self.cached += nbytes
         self._show()
 
     def grow(self, nbytes: int) -> None:
-        """Memory taken past the allocator, as by a kernel that is loaded."""
+        """Take memory past the allocator, as a kernel that is loaded does."""
         self.overhead += nbytes
         self._show()
 

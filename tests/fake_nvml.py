@@ -1,4 +1,4 @@
-"""An NVML without a driver: what ``streamcnn`` uses of ``pynvml``, for cards that a test makes up.
+"""A stand-in for the part of ``pynvml`` that streamcnn uses, for cards that a test makes up.
 
 ``tests/test_ceiling_nvml.py`` compares names, constants, fields and errors with the real package's.
 """
@@ -22,7 +22,7 @@ NVML_ERROR_GPU_IS_LOST = 15
 
 
 class NVMLError(Exception):
-    """As in ``pynvml``: built from a code, an instance of the code's own class."""
+    """As in ``pynvml``: made from a code, it is an instance of the code's own class."""
 
     value: int
 

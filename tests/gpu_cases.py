@@ -1,4 +1,4 @@
-"""What tests on a CUDA device share: a net, an update of it, and how two are compared."""
+"""A net, an update of it, and a comparison of two updates, for tests on a CUDA device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def make_net() -> nn.Sequential:
 
 
 def update(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
-    """Everything that one forward and backward pass leaves behind."""
+    """All results of one forward and backward pass."""
     output = model(image)
     output.square().sum().backward()
     gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -35,7 +35,7 @@ def update(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Each value is within ``tolerance`` of the largest of its kind; some are rounding alone."""
+    """Assert that each value is within ``tolerance`` of the largest of its kind; some are rounding alone."""
     assert found.keys() == expected.keys()
     for kind in ("output", "gradient", "buffer"):
         names = [name for name in expected if name.startswith(kind)]

@@ -1,4 +1,4 @@
-"""The reference harness: a module streamed and plain, in float64, everything that training reads."""
+"""The reference harness: compare a module streamed and plain, in float64, in all that training reads."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def assert_streamed_equals_plain(
     shape
         (N, C, H, W) of the image.
     resident
-        Whether some operator must run on a whole map: yes, no, or ``None`` for no matter.
+        Whether some operator must run on a whole map: yes, no, or ``None`` for either.
     one_tile
         Whether no phase needs to have more than one tile.
     zero_gradients
@@ -74,16 +74,16 @@ def assert_streamed_equals_plain(
 
 
 def all_in_tiles(net: nn.Module) -> StreamingModel:
-    """A net of which nothing is left to the resident tail."""
+    """A streamed net without a resident tail."""
     model = StreamingModel(net, tile=16)
     model.resident_tail = False
     return model
 
 
 def assert_gradients_exist(module: nn.Module, shape: Shape) -> None:
-    """Raise if most parameters, or the image, have a gradient that is zero: comparing it shows nothing.
+    """Raise if most parameters' gradients, or the image's, are zero, since comparing these shows nothing.
 
-    Not all must have one: a bias before batch norm has none.
+    Some may be zero, as that of a bias before batch norm is.
     """
     plain = copy.deepcopy(module).double()
     image = torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -124,5 +124,5 @@ def streaming_plan(module: nn.Module, shape: Shape, tile: int | tuple[int, int])
 
 
 def no_home() -> Path:
-    """Stands for ``Path.home`` where there is no home folder."""
+    """A stand-in for ``Path.home`` where there is no home folder."""
     raise RuntimeError("Could not determine home directory.")

@@ -1,4 +1,4 @@
-"""A small run and a small tile store for tests that change their files, and what may come of such files."""
+"""A small run and a small tile store for tests that change their files, and the check of what these raise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from streamcnn.errors import StreamError
 from streamcnn.training import RunConfig, TrainSettings, make_trainer
 
 SIZE = (40, 30)
-"""Of images, in pixels."""
+"""Size of the images in pixels."""
 FACTORY = "hostile_factories:small"
 _MODULE = """
 from torch import nn
@@ -75,7 +75,7 @@ def make_store(folder: Path, *, levels: int = 2) -> Path:
 
 
 def change_json(path: Path, change: Callable[[Any], object]) -> None:
-    """Change what a JSON file holds in place."""
+    """Change the content of a JSON file in place."""
     found = json.loads(path.read_text())
     change(found)
     path.write_text(json.dumps(found))
@@ -83,7 +83,7 @@ def change_json(path: Path, change: Callable[[Any], object]) -> None:
 
 @contextmanager
 def refused_or_not() -> Iterator[None]:
-    """Whatever fails is one error of ours, that can be read."""
+    """Assert that the block either succeeds or raises a `StreamError` with a readable text."""
     texts = []
     try:
         yield

@@ -1,4 +1,4 @@
-"""A real server of files on this machine, which can be told to misbehave."""
+"""A real HTTP server of files on this machine, which can be told to misbehave."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pathlib import Path
 
 
 class FileServer(http.server.ThreadingHTTPServer):
-    """Files of one folder over HTTP, with parts of them where ``ranges`` is true.
+    """Serves the files of one folder over HTTP, and parts of them if ``ranges`` is true.
 
-    Paths that begin with a status of HTTP, as ``/403/a.tif``, are answered with it.
+    A path that begins with an HTTP status, as ``/403/a.tif``, is answered with it.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.ranges = True
         self.status: int | None = None
-        """What everything is answered with from now on."""
+        """The status with which every request is answered; None for the normal answers."""
         self.sent = 0
-        """Bytes of files so far."""
+        """Bytes of files sent so far."""
         super().__init__(("127.0.0.1", 0), _Handler)
 
     @property
@@ -30,7 +30,7 @@ class FileServer(http.server.ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that has enough hangs up."""
+        """Ignore errors, as a client that has read enough hangs up."""
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -72,7 +72,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(folder: Path) -> Iterator[FileServer]:
-    """A server of the files in ``folder``, until the block ends."""
+    """Serve the files in ``folder`` until the block ends."""
     server = FileServer(folder)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()

@@ -1,6 +1,6 @@
-"""What happens in processes that keep blocks, one process per case: ``python kept_blocks_cases.py``.
+"""Cases in which blocks are kept, each in a process of its own: ``python kept_blocks_cases.py``.
 
-Prints one JSON object: what each case returned, null where its process died.
+The program prints one JSON object: what each case returned, null where its process died.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def refused_mappings() -> Any:
 
 
 def error_with(nbytes: int) -> tuple[bool, str] | None:
-    """What a block of so many bytes raises, and whether that is known as out of memory; None if nothing."""
+    """Whether the error of a block of ``nbytes`` counts as out of memory, and its text; None if none."""
     try:
         block(nbytes).fill_(1)
     except RuntimeError as error:

@@ -23,7 +23,7 @@ CAP = BUDGET - CONTEXT - MARGIN_BYTES
 
 
 def make_card(*, listed: bool = True, others: int = 0, **options: Any) -> tuple[FakeCuda, Gauge]:
-    """A card with NVML, on which this process is listed or not."""
+    """A card with NVML that lists this process or not."""
     process = Process(os.getpid(), 0)
     card = Device("GPU-aaaa", processes=[process] if listed else [])
     fake = FakeCuda(card, process, others=others, **options)
@@ -31,7 +31,7 @@ def make_card(*, listed: bool = True, others: int = 0, **options: Any) -> tuple[
 
 
 def sampling_threads() -> list[str]:
-    """Threads that read the card beside a pass."""
+    """The names of the running threads that read a card."""
     return [t.name for t in threading.enumerate() if t.name == "streamcnn-sampler"]
 
 

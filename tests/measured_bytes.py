@@ -1,4 +1,4 @@
-"""Bytes that operators and reductions take on a tile, counted by the allocator in front of PyTorch's own."""
+"""Measure bytes that operators and reductions take on a tile, by the allocator in front of PyTorch's own."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 def most_bytes(call: Callable[[], T]) -> tuple[T, int]:
-    """What a call returns, and the most bytes that tensors made in it held."""
+    """The result of a call, and the most bytes that tensors made in it held."""
     blocks = KeptBlocks(keep=0)
     blocks.enter()
     try:
@@ -36,24 +36,24 @@ def most_bytes(call: Callable[[], T]) -> tuple[T, int]:
 
 @dataclass(frozen=True)
 class Measured:
-    """One call."""
+    """Measured and projected bytes of one call."""
 
     what: str
     """The operator or reduction, and the direction."""
     nbytes: int
     projected: int
-    """What the memory model has for it beside its operands."""
+    """The memory model's bytes for it beside its operands."""
 
 
 @dataclass
 class Meter:
-    """Measures every operator and every reduction of a model's pass, which is in one tile, each by itself."""
+    """Measures every operator and reduction of a model's pass in one tile, each by itself."""
 
     program: Program
     found: list[Measured]
 
     def operator(self, run: TileRun, operator: Operator) -> None:
-        """Measure an operator: forward, or where autograd is on with its backward pass."""
+        """Measure an operator: forward, or, if autograd is on, forward and backward."""
         alone = replace(operator, target=operator.node.target, is_skipped=False)
         projected = _Projected(self.program, operator)
         if not torch.is_grad_enabled():
@@ -81,14 +81,14 @@ class Meter:
         self.found.append(Measured(f"{name}, {direction}", nbytes, projected))
 
     def reduction(self, rule: Reduction, share: Tensor, partial: Callable[[], T]) -> T:
-        """Measure what partial results take."""
+        """Measure the bytes of partial results."""
         found, nbytes = most_bytes(partial)
         projected = _observed([rule], share)
         self.found.append(Measured(f"{_name(rule)}, forward", nbytes, projected))
         return found
 
     def arriving(self, part: OwnPart, share: Tensor, gradient: Callable[[], T]) -> T:
-        """Measure what the gradients of reductions take."""
+        """Measure the bytes of reductions' gradients."""
         found, nbytes = most_bytes(gradient)
         rules = list(part.reductions.values())
         projected = share.nbytes + _observed(rules, share)
@@ -98,7 +98,7 @@ class Meter:
 
 @dataclass(frozen=True)
 class _Projected:
-    """What the memory model has for one operator of a tile."""
+    """The memory model's bytes for one operator of a tile."""
 
     program: Program
     operator: Operator
@@ -109,7 +109,7 @@ class _Projected:
 
     @property
     def call(self) -> CallBytes:
-        """What its formulas are given."""
+        """The arguments of the declared cost's formulas."""
         nodes, node = self.program.nodes, self.operator.node
         weights = sum(nodes[name].nbytes for name in node.operands if not nodes[name].is_map)
         operands = sum(map(self._operand, self.operator.operands))
@@ -119,7 +119,7 @@ class _Projected:
 
     @property
     def unused(self) -> int:
-        """Views count as memory of their own, so a copy of one is counted; cut out parts have a gradient."""
+        """Bytes for views, which count as memory of their own, and for cropped parts' gradients."""
         operands, nodes = self.operator.operands, self.program.nodes
         return sum(
             self._operand(name)
@@ -129,7 +129,7 @@ class _Projected:
 
     @property
     def made(self) -> int:
-        """The result, and a padded copy of the operands."""
+        """Bytes of the result, and of a padded copy of the operands."""
         local = self.operator.node.local
         assert local is not None
         is_padded = not local.pointwise and local.fill is not None
@@ -140,7 +140,7 @@ class _Projected:
         return self.made + (self.cost.workspace(self.call) if self.cost.workspace else 0)
 
     def backward(self, is_differentiated: bool) -> int:
-        """The result and what is saved beside, gradients and workspace."""
+        """Bytes of the result, of values saved beside it, of gradients and of workspace."""
         call, node = self.call, self.operator.node
         workspace = self.cost.backward_workspace or self.cost.workspace
         beside = self.cost.saves.beside(Operation.of(self.program, node)) if self.cost.saves.beside else 0
@@ -186,7 +186,7 @@ def _detached(run: TileRun, operator: Operator, *, trains: bool) -> TileRun:
 
 
 def measured_pass(net: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> list[Measured]:
-    """All that is measured in a pass of ``net``, forward and backward, in one tile."""
+    """All measurements of a pass of ``net``, forward and backward, in one tile."""
     model = StreamingModel(net.to(dtype))
     model.resident_tail = False
     meter = Meter(model.planned(shape, dtype, image_gradient=True).program, [])  # type: ignore[arg-type]

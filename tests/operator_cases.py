@@ -1,4 +1,4 @@
-"""What tests of operators share: a map of a few channels, and an operator on it."""
+"""A map of a few channels and an operator on it, for tests of operators."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Function = Callable[..., Any]
 
 
 class Applied(nn.Module):
-    """A function of a map as a module."""
+    """A module that applies a function to a map."""
 
     def __init__(self, function: Function) -> None:
         super().__init__()
@@ -39,5 +39,5 @@ def assert_streams(operator: Function | nn.Module, shape: Shape = SHAPE, **optio
 
 
 def by_name(cases: dict[str, Any]) -> pytest.MarkDecorator:
-    """Parametrise over the values of ``cases``, their keys being the tests' names."""
+    """Parametrise over the values of ``cases``, whose keys name the tests."""
     return pytest.mark.parametrize("case", cases.values(), ids=cases.keys())

@@ -1,4 +1,4 @@
-"""How many of ATen's operators are called: on a card, each of them launches a kernel at least."""
+"""Count calls of ATen's operators, each of which launches at least one kernel on a GPU."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _NO_KERNELS = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "promote_types"})
-"""What gives memory or a type alone."""
+"""Operators that only allocate memory or change a type."""
 
 
 class OperatorCounts(TorchDispatchMode):
-    """Counts operators by name while it is entered, but for those that compute nothing."""
+    """Counts operators by name while it is entered, except those that launch no kernel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class OperatorCounts(TorchDispatchMode):
 
 
 def count_operators(call: Callable[[], Any]) -> Counter[str]:
-    """The operators that a call makes, by name."""
+    """The numbers of operators that a call makes, by name."""
     with OperatorCounts() as mode:
         call()
     return mode.counts

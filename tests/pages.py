@@ -1,4 +1,4 @@
-"""Code blocks of the README and of the docs, run as they are written."""
+"""Run the code blocks of the README and of the docs as they are written."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def run_page(name: str, defined: dict[str, Any] | None = None, without: str | No
     Parameters
     ----------
     name
-        Below the repository's root.
+        Path of the page from the repository's root.
     defined
         Names that the page takes for granted.
     without
-        Blocks with this text are compiled and not run.
+        Blocks that contain this text are compiled but not run.
     """
     names = dict(defined or {})
     for code in _blocks(ROOT / name, without):

@@ -1,4 +1,4 @@
-"""The passes of ``triton_passes`` in plain operators, and what makes a CPU take them as a card does."""
+"""The passes of ``triton_passes`` in plain operators, and a patch that makes a CPU use them as a GPU does."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ACTIVATIONS = (
 def operands(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, ...]:
     """A map far from zero, a gradient of it, another map, and a mean, a scale and a shift.
 
-    What is normalised is nowhere so close to a kink of an activation that rounding could take it across.
+    No normalised value is so close to a kink of an activation that rounding could take it across.
     """
     x, gradient, summand = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
     x, summand = ((4 * each).round() / 4 for each in (3 + x, summand))
@@ -85,7 +85,7 @@ def _channels(value: Tensor) -> Tensor:
 
 
 def take_passes(passes: ModuleType, setattr: Callable[[Any, str, Any], None] = setattr) -> None:
-    """Have maps on a CPU stored and computed with as on a card, by ``passes``."""
+    """Make a CPU store maps and compute with them as a GPU does, by ``passes``."""
     setattr(memory, "_keeps_tiles", lambda device, zeroed: True)
     setattr(plan_cache, "Steps", lambda program, plan, fuses: Steps(program, plan, fuses=True))
     setattr(channel_kernels, "fits", lambda x: x.is_floating_point() and channel_kernels.is_channels_last(x))
@@ -113,7 +113,7 @@ class Block(nn.Module):
 
 
 class Plain(nn.Module):
-    """A residual block whose own input is what is added."""
+    """A residual block that adds its own input."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class Plain(nn.Module):
 
 
 def make_net() -> nn.Module:
-    """Every form that is fused, and some that look like one."""
+    """A net with every form that is fused, and some that only look like one."""
     torch.manual_seed(0)
     return nn.Sequential(
         *(nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU6(inplace=True)),

@@ -1,4 +1,4 @@
-"""Groups of two processes, as PyTorch's distributed package has them."""
+"""Groups of two processes in PyTorch's distributed package."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from PIL import Image
 from torch import distributed as dist
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-"""What starts two processes, which are a group."""
+"""The command that starts a group of two processes."""
 
 
 def prepare_commands(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have commands in this process and in others find factories in ``folder``, and take a thread each."""
+    """Let commands in this process and in others find factories in ``folder``, and use one thread each."""
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), str(Path(__file__).parents[1])]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def write_class_folders(folder: Path, splits: tuple[str, str]) -> None:
-    """Three dark and three bright images (34, 30) for each split."""
+    """Write three dark and three bright images (34, 30) for each split."""
     draw = np.random.default_rng(0)
     for split, name, index in product(splits, ("dark", "bright"), range(3)):
         path = folder / split / name / f"{index}.png"
@@ -37,7 +37,7 @@ def write_class_folders(folder: Path, splits: tuple[str, str]) -> None:
 
 
 def run_in_group(rank: int, work: Callable[..., Any], folder: str, arguments: tuple[Any, ...]) -> None:
-    """One of two processes; leaves what ``work`` gives in ``folder``."""
+    """Run ``work`` as one of two processes, and leave its result in ``folder``."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     try:
@@ -47,6 +47,6 @@ def run_in_group(rank: int, work: Callable[..., Any], folder: str, arguments: tu
 
 
 def in_two_processes(work: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
-    """What ``work`` gives in each of two processes that are a group, given its rank and the arguments."""
+    """The results of ``work`` in each process of a group of two, given its rank and the arguments."""
     torch.multiprocessing.spawn(run_in_group, (work, str(folder), arguments), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]

@@ -1,4 +1,4 @@
-"""Profiles made by hand, and the model that the profiler's tests measure."""
+"""Hand-made profiles, and the model that the profiler's tests measure."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ TIMELINE = Timeline(
 
 
 def made(tile: int, **fields: object) -> TileProfile:
-    """A profile that ran, but for ``fields``."""
+    """A profile of a tile size that ran, with ``fields`` changed."""
     ran = TileProfile(
         tile=tile,
         projected_bytes=90 * MIB,

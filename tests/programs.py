@@ -35,7 +35,7 @@ def _axis(draw: st.DrawFn, size: int) -> tuple[AxisMap, int]:
 
 
 class _Growing:
-    """A program while nodes are added."""
+    """A program to which nodes are being added."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.nodes = {"image": Node("image", Kind.IMAGE, None, (), {}, _spec(size), axes=(2, 3))}
@@ -63,7 +63,7 @@ class _Growing:
 
 @st.composite
 def programs(draw: st.DrawFn, max_nodes: int = 9) -> Program:
-    """A program whose every result is either read, reduced or given out."""
+    """A random program in which every result is read, reduced or returned."""
     growing = _Growing((draw(st.integers(3, 40)), draw(st.integers(3, 40))))
     for _ in range(draw(st.integers(1, max_nodes))):
         maps = growing.maps()
@@ -99,7 +99,7 @@ def programs(draw: st.DrawFn, max_nodes: int = 9) -> Program:
 
 
 def _finished(growing: _Growing) -> Program:
-    """The program with everything that nothing reads given out whole."""
+    """The program, which returns whole all values that nothing reads."""
     read = {name for node in growing.nodes.values() for name in node.operands}
     ends = [name for name in growing.maps() if name not in read]
     results = [

@@ -1,4 +1,4 @@
-"""Small trainings of segmentations: images whose masks a pixel's brightness tells, nearly."""
+"""Small segmentation trainings, on images in which a pixel's brightness nearly determines its class."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def classifier():
 
 
 def draw_pair(seed: int, size: tuple[int, int] = SIZE) -> tuple[np.ndarray, np.ndarray]:
-    """An image with a bright and a very bright square on dark ground, and its mask; its edge is not known."""
+    """Draw a bright and a very bright square on dark ground, and their mask, whose first rows are ignored."""
     draw = np.random.default_rng(seed)
     mask = np.zeros(size, np.uint8)
     for label in (1, 2):
@@ -63,7 +63,7 @@ def draw_pair(seed: int, size: tuple[int, int] = SIZE) -> tuple[np.ndarray, np.n
 def write_pairs(
     folder: Path, count: int = 8, splits: tuple[str, ...] = ("train", "train", "val", "test")
 ) -> Path:
-    """Images and masks in two folders, and a table that names both with their splits."""
+    """Write images and masks in two folders, and a table that names both with their splits."""
     rows = ["image,mask,split"]
     for seed in range(count):
         for name, pixels in zip(("images", "masks"), draw_pair(seed), strict=True):
@@ -79,7 +79,7 @@ def write_factories(folder: Path) -> None:
 
 
 def importable_place(folder: Path) -> Path:
-    """``folder`` with images, masks, a table of them and factories of models, which can be imported."""
+    """Fill ``folder`` with images, masks, a table of them and importable factories of models."""
     write_pairs(folder)
     write_factories(folder)
     sys.path.insert(0, str(folder))

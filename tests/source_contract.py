@@ -1,4 +1,4 @@
-"""What every image source must do, and one maker for each kind of image that there is."""
+"""The contract of all image sources, and a maker for each kind of image."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SIZE = (75, 101)
 
 
 class RegionsOf(Dataset[Tensor]):
-    """Regions of a source as a dataset, for loaders that read them in processes of their own."""
+    """A dataset of regions of a source, for loaders that read them in other processes."""
 
     def __init__(self, source: ImageSource, regions: list[Region]) -> None:
         self.source = source
@@ -85,7 +85,10 @@ def random_regions(count: int, size: tuple[int, int]) -> list[Region]:
 
 @contextmanager
 def forbidden(path: Path) -> Iterator[None]:
-    """The file or folder as it is for a user who may not read it; root may read all."""
+    """A block in which opening the file, or files of the folder, fails as for a user who may not read them.
+
+    Permissions would not stop root.
+    """
     really = builtins.open
 
     def refuse(file: Any, *args: Any, **options: Any) -> Any:
@@ -106,14 +109,14 @@ def flip_a_bit(path: Path, position: int) -> None:
 
 
 def assert_reads(source: ImageSource, image: Array, asked: Region) -> None:
-    """The region's pixels and type are those of ``image``."""
+    """Assert that the region's pixels and type are those of ``image``."""
     got = source.read(asked)
     assert got.dtype == source.dtype
     np.testing.assert_array_equal(got.numpy(), cut(image, asked), strict=True)
 
 
 class SourceContract:
-    """Run by a subclass for each of its ``makers``."""
+    """The tests of the contract, which a subclass runs for each of its ``makers``."""
 
     makers: ClassVar[dict[str, Maker]]
 
@@ -238,7 +241,7 @@ def _written(folder: Path) -> Made:
 
 
 def write_ome(folder: Path, version: str, axes: str, levels: list[Array]) -> Path:
-    """An OME-Zarr image with the given levels, whose axes are one letter each."""
+    """Write an OME-Zarr image with the given levels, whose axes are one letter each."""
     group = zarr.create_group(folder / "ome.zarr", zarr_format=3 if version == "0.5" else 2)
     for number, stored in enumerate(levels):
         chunks = tuple(min(extent, 32) for extent in stored.shape)
@@ -295,7 +298,7 @@ def _pyramid(folder: Path) -> Made:
 
 
 def write_pyramid(path: Path, levels: list[Array], **options: Any) -> None:
-    """RGB images as levels of a tiled TIFF that tifffile and OpenSlide take for a pyramid."""
+    """Write RGB images as levels of a tiled TIFF, which tifffile and OpenSlide read as a pyramid."""
     with tifffile.TiffWriter(path) as file:
         for number, image in enumerate(levels):
             file.write(
@@ -351,7 +354,7 @@ TIFF_MAKERS: dict[str, Maker] = {
 
 
 def _picture(image: Array, **options: Any) -> Maker:
-    """A picture that is saved without loss, if ``options`` say so."""
+    """Make a source of a picture file, saved without loss if ``options`` say so."""
 
     def make(folder: Path) -> Made:
         pillow = pytest.importorskip("PIL.Image")

@@ -1,4 +1,4 @@
-"""What tests of stores share: maps of different sizes, tiles of them, and stores to put them in."""
+"""Maps of different sizes, tiles of them, and stores for them, for tests of stores."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def region(top: int, bottom: int, left: int, right: int) -> Region:
 
 
 def at(spec: StoreSpec, where: Region) -> tuple[slice, ...]:
-    """The index of ``where`` in a dense tensor."""
+    """The index of a region in a dense tensor."""
     index = [slice(None)] * len(spec.shape)
     index[spec.axes[0]] = slice(where.rows.start, where.rows.stop)
     index[spec.axes[1]] = slice(where.cols.start, where.cols.stop)
@@ -58,14 +58,14 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
 
 
 def late(*, pins: bool = True, overlaps: bool = False) -> GpuTransfers:
-    """Transfers of a GPU whose copies take place as late as may be."""
+    """A GPU's transfers, whose copies take place as late as possible."""
     transfers = GpuTransfers(LateCopies(pins=pins))
     transfers._overlaps = overlaps
     return transfers
 
 
 def make_on_host(transfers: GpuTransfers, spec: StoreSpec) -> HostStore:
-    """A store whose memory was another map's."""
+    """A store in memory that another map has used."""
     spares = SparePinned()
     used = spares.take(spec.nbytes + 100, transfers.engine.pin)
     used.memory.fill_(7)
@@ -78,7 +78,7 @@ def make_on_disk(spill: SpillFolder, transfers: Transfers, spec: StoreSpec) -> Z
 
 
 def make_on_used_disk(spill: SpillFolder, transfers: Transfers, spec: StoreSpec) -> ZarrStore:
-    """A store whose file was another map's, and is full of its bytes."""
+    """A store in a file that another map has used, and that still has its bytes."""
     spares = SpareFiles(spill.path)
     used = spill.new_folder()
     used.write_bytes(b"\x42" * (spec.nbytes // 2))

@@ -1,4 +1,4 @@
-"""A small net of every kind of layer, streamed and plain, and how the two are compared."""
+"""A small net of every kind of layer, streamed and plain, and the comparison of the two."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def make_image(seed: int = 0, shape: tuple[int, ...] = SHAPE) -> Tensor:
 
 
 def streamed_and_plain(**options: Any) -> tuple[StreamingModel, nn.Module]:
-    """A streamed net and its twin. Nothing is left to the resident tail: all of it is cut into tiles."""
+    """A streamed net without a resident tail, all of it in tiles, and its plain twin."""
     net = make_net()
     plain = copy.deepcopy(net)
     model = StreamingModel(net, tile=TILE, **options)

@@ -1,4 +1,4 @@
-"""Interfering with the operators of a tile while a pass evaluates them."""
+"""Interfere with the operators of a tile while a pass evaluates them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ Evaluate = Callable[[], Tensor]
 
 
 def around_operators(patch: pytest.MonkeyPatch, around: Callable[[Evaluate], Tensor]) -> None:
-    """Have ``around`` give the value of each operator of a tile; it is handed what evaluates it."""
+    """Let ``around`` return the value of each operator of a tile; it gets the function that evaluates it."""
     original = TileRun.evaluate_operator
     patch.setattr(TileRun, "evaluate_operator", lambda run, *args: around(partial(original, run, *args)))
 
 
 def refuse_memory() -> None:
-    """As the system does where there is none left."""
+    """Raise an error, as the system does if no memory is left."""
     raise MemoryError("refused")
 
 
 class RefusedOnce:
-    """Evaluates operators, and is refused memory at one of them, or from there on ``always``."""
+    """Evaluates operators, but is refused memory at one of them or, if ``always``, from there on."""
 
     def __init__(
         self, at: int, *, always: bool = False, refuse: Callable[[], object] = refuse_memory

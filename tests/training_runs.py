@@ -1,4 +1,4 @@
-"""Small trainings, and what two of them must have in common."""
+"""Small trainings, and comparisons of two of them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def make_net() -> nn.Sequential:
 
 
 class ImagesWithNumbers(Images):
-    """Images that look alike, with a number that tells classes apart, and one that says nothing."""
+    """Images that look alike, each with a number that tells classes apart and one that does not."""
 
     def __init__(self, count: int, seed: int = 0, width: int = 2) -> None:
         super().__init__(count, seed)
@@ -69,7 +69,7 @@ class ImagesWithNumbers(Images):
 
 
 class WithNumbers(nn.Module):
-    """Takes two numbers of each image besides it."""
+    """A model that also takes two numbers with each image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ def make_trainer_with_numbers(folder: Path, *, streamed: bool = True, **changes:
 
 
 class OnTensors(nn.Module):
-    """Plain PyTorch on whole images."""
+    """A model in plain PyTorch on whole images."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ def shared_model() -> StreamingModel:
 
 
 def fresh_model() -> StreamingModel:
-    """As a new one, but that it knows its plans: to capture each anew takes most of a short run's time."""
+    """A model as new, except that it knows its plans: capturing anew takes most of a short run's time."""
     # Captured passes hold in one environment, and pytest makes the test's name a part of that.
     os.environ.pop("PYTEST_CURRENT_TEST", None)
     model = shared_model()
@@ -157,7 +157,7 @@ def damage(path: Path) -> None:
 
 
 def final_state(folder: Path) -> dict[str, Any]:
-    """All that the last checkpoint holds but times and how often was saved."""
+    """The last checkpoint without values that depend on times and on the number of saves."""
     state = CheckpointFolder(folder / "checkpoints").newest()
     assert state is not None
     del state["log_bytes"]
@@ -167,7 +167,7 @@ def final_state(folder: Path) -> dict[str, Any]:
 
 
 def assert_equal(found: Any, expected: Any, where: str = "") -> None:
-    """Every number and every bit the same."""
+    """Assert that every number and every bit is the same."""
     assert type(found) is type(expected), where
     if isinstance(expected, torch.Tensor):
         assert torch.equal(found, expected), where

@@ -1,6 +1,6 @@
-"""What Triton's kernels give, under Triton's interpreter: ``TRITON_INTERPRET=1 python triton_cases.py``.
+"""Check Triton's kernels under Triton's interpreter: ``TRITON_INTERPRET=1 python triton_cases.py``.
 
-Prints the largest error of each case and what is allowed, as JSON.
+The program prints each case's largest error and the allowed one, as JSON.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from streamcnn.graph.ops import triton_passes
 
 
 def largest(found: Tensor, expected: Tensor) -> list[float]:
-    """The largest error over the largest value, and what rounding may make of it."""
+    """The largest error over the largest value, and the error that rounding may cause."""
     error = (found.double() - expected.double()).abs().max() / expected.double().abs().max()
     return [float(error), 32 * torch.finfo(found.dtype).eps]
 
@@ -54,7 +54,7 @@ def passes() -> Iterator[tuple[str, list[float]]]:
 
 
 def moments_far_from_zero() -> Iterator[tuple[str, list[float]]]:
-    """The variance is that of the map's own values, however large their mean is against it."""
+    """Moments of maps whose mean is large against their variance."""
     generator = torch.Generator().manual_seed(1)
     for mean in (1e2, 1e4, 1e6):
         x = (mean + torch.randn((1, 24, 90, 70), generator=generator, dtype=torch.float64)).float()
@@ -64,7 +64,7 @@ def moments_far_from_zero() -> Iterator[tuple[str, list[float]]]:
 
 
 def moments_of_many_programs() -> Iterator[tuple[str, list[float]]]:
-    """As many programs as a card has, merged block by block, with no whole number of blocks."""
+    """Moments by as many programs as on a GPU, merged block by block, with an incomplete last block."""
     one, triton_passes._multiprocessors = triton_passes._multiprocessors, lambda device: 132
     generator = torch.Generator().manual_seed(2)
     x = (20 + torch.randn((1, 70, 99, 100), generator=generator)).contiguous(
@@ -77,7 +77,7 @@ def moments_of_many_programs() -> Iterator[tuple[str, list[float]]]:
 
 
 def special_values() -> Iterator[tuple[str, list[float]]]:
-    """NaN stays, wherever it comes from, and infinities are what plain PyTorch makes of them."""
+    """NaN and infinities, which must give NaN and finite values where plain PyTorch does."""
     x = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -1.0, 1.0]).reshape(1, 2, 3, 1)
     x = x.contiguous(memory_format=torch.channels_last)
     zero, one = torch.zeros(2), torch.ones(2)
@@ -90,7 +90,7 @@ def special_values() -> Iterator[tuple[str, list[float]]]:
 
 
 def streamed() -> Iterator[tuple[str, list[float]]]:
-    """A residual net, with a tile for everything and with many."""
+    """A residual net in a single tile and in many."""
     plain_passes.take_passes(triton_passes)
     net = randomized(plain_passes.make_net()).to(memory_format=torch.channels_last)
     for tile in (200, 24):

@@ -1,8 +1,8 @@
-"""Runs inputs in workers that are replaced where they die or hang, and keeps those that are faults.
+"""Run inputs in workers, which are replaced if they die or hang, and keep the inputs that are faults.
 
-An input may be accepted or be refused with a `StreamError`. A fault is anything else: another exception, a
-process that dies, takes longer than `SECONDS` or more memory than `worker.MEMORY_BYTES`, and whatever is
-opened or changed outside of the input's folder.
+An input may be accepted, or be refused with a `StreamError`. Anything else is a fault: another exception; a
+process that dies, or takes longer than `SECONDS` or more memory than `worker.MEMORY_BYTES`; anything opened
+or changed outside of the input's folder.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .seeds import SEEDS
 from .worker import Case, Outcome, make_case, serve
 
 SECONDS = 30.0
-"""Longest that an input may take: a hundred times what the slowest valid one takes, for busy machines."""
+"""The most seconds that an input may take: a hundred times the slowest valid one's, for busy machines."""
 _FORKED = multiprocessing.get_context("fork")
 
 
 @dataclass
 class Tally:
-    """What came of the inputs of one target."""
+    """The outcomes of the inputs of one target."""
 
     counts: Counter[str] = field(default_factory=Counter)
     faults: dict[str, tuple[Case, str]] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class Tally:
 
     @property
     def num_inputs(self) -> int:
-        """Inputs that were opened."""
+        """Number of inputs that were opened."""
         return self.counts.total()
 
 
@@ -69,7 +69,7 @@ class Worker:
         assert ready.kind == "ready", f"valid files of {target} cannot be opened: {ready.text}"
 
     def open(self, case: Case) -> Outcome:
-        """What comes of an input; the process is over if that is a death or a hang."""
+        """Open an input and return its outcome; the process is over if that is a death or a hang."""
         started = time.monotonic()
         self._connection.send(case)
         found = self._answer(SECONDS)
@@ -97,7 +97,7 @@ class Worker:
 def run(
     targets: list[str], seed: int, work: Path, *, seconds: float | None = None, inputs: int | None = None
 ) -> dict[str, Tally]:
-    """Open inputs of each target in turn, until the time is over or each has had so many."""
+    """Open inputs of each target in turn, until the time is over or each has had its number of inputs."""
     seeds = work / "seeds"
     make_seeds(seeds, targets)
     tallies = {target: Tally() for target in targets}
@@ -139,7 +139,7 @@ def _note(tally: Tally, case: Case, found: Outcome) -> None:
 
 
 def keep(tallies: dict[str, Tally], work: Path, out: Path) -> list[str]:
-    """Write one input of each fault to a folder of its own; a line for each."""
+    """Write one input of each fault to a folder of its own, and return a line for each."""
     lines = []
     for tally in tallies.values():
         for kind, (case, text) in tally.faults.items():

@@ -1,4 +1,4 @@
-"""Changes of files: of bytes, and of what JSON, CSV, TIFF and PNG files say."""
+"""Change files: bytes, and the content of JSON, CSV, TIFF, PNG and other files."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ _TIFF_VALUES = (
 
 
 def mutate(random: Random, folder: Path, files: list[Path]) -> str:
-    """Change one or two of the files in place; what was done, in words."""
+    """Change one or two of the files in place, and describe the changes in words."""
     done = []
     for _ in range(random.choice([1, 1, 1, 2])):
         path = random.choice(files)
@@ -95,7 +95,7 @@ def _truncate(random: Random, content: bytes) -> bytes:
 
 
 def _splice(random: Random, content: bytes) -> bytes:
-    """A part of it moved, doubled or taken out."""
+    """Move, double or remove a part of the content."""
     start, stop = sorted(random.randrange(len(content) + 1) for _ in range(2))
     to = random.randrange(len(content) + 1)
     part = content[start:stop]
@@ -105,7 +105,7 @@ def _splice(random: Random, content: bytes) -> bytes:
 
 
 def _number(random: Random, content: bytes) -> bytes:
-    """Four or eight bytes in a row that are a number of note."""
+    """Overwrite two, four or eight bytes by a number that programs trip over."""
     if len(content) < 8:
         return content
     at, size = random.randrange(len(content) - 7), random.choice(["H", "I", "Q"])
@@ -146,7 +146,7 @@ def _json_text(random: Random, content: bytes) -> bytes:
 
 
 def _csv(random: Random, content: bytes) -> bytes:
-    """Cells, columns and rows changed, doubled and left out."""
+    """Change, double or remove cells, columns and rows."""
     rows = [line.split(",") for line in content.decode().splitlines()]
     for _ in range(random.choice([1, 1, 2, 3])):
         row = random.choice(rows)
@@ -168,7 +168,7 @@ def _csv(random: Random, content: bytes) -> bytes:
 
 
 def _xml(random: Random, content: bytes) -> bytes:
-    """Attributes of XML anywhere in the file, in place: the rest stays where it is."""
+    """Change an attribute of XML anywhere in the file; half of the time the rest stays where it is."""
     at = content.find(b"<OME")
     spots = [i for i in range(max(at, 0), len(content)) if content.startswith(b'="', i)]
     if at < 0 or not spots:
@@ -182,7 +182,7 @@ def _xml(random: Random, content: bytes) -> bytes:
 
 
 def _tiff(random: Random, content: bytes) -> bytes:
-    """Entries of the first directories: another tag, type, count or value."""
+    """Give entries of the first directories another tag, type, count or value."""
     found = bytearray(content)
     order = "<" if content[:2] == b"II" else ">"
     big = len(content) > 16 and content[2:4] in (b"+\0", b"\0+")
@@ -218,7 +218,7 @@ def _change_entry(random: Random, found: bytearray, entry: int, order: str, big:
 
 
 def _png(random: Random, content: bytes) -> bytes:
-    """Chunks of a PNG doubled, left out, changed or put elsewhere, with checksums that are right."""
+    """Double, remove, change or move chunks of a PNG, with correct checksums."""
     chunks, at = [], 8
     while at + 12 <= len(content):
         (length,) = struct.unpack_from(">I", content, at)
@@ -252,7 +252,7 @@ def _png(random: Random, content: bytes) -> bytes:
 
 
 def _npy(random: Random, content: bytes) -> bytes:
-    """Another header of a ``.npy`` file."""
+    """Change the header of a ``.npy`` file."""
     header = random.choice(
         [
             "{'descr': '<f4', 'fortran_order': False, 'shape': (%s, 4, 4), }",

@@ -33,7 +33,7 @@ def _store(folder: Path) -> None:
 
 
 def _unfinished_store(folder: Path) -> None:
-    """As a writer leaves it that was killed: with a journal, and nothing that says it is complete."""
+    """A store as a killed writer leaves it: with a journal, and without the file that says it is complete."""
     store = make_store(folder / "store", levels=1)
     complete = read_complete(store)
     assert complete is not None
@@ -73,7 +73,7 @@ def _ome_zarr(folder: Path) -> None:
 
 
 def _raw_ome_zarr(folder: Path) -> None:
-    """As bioformats2raw writes it, in version 2."""
+    """An image as bioformats2raw writes it, in zarr's version 2."""
     root = zarr.create_group(folder / "image.zarr", zarr_format=2)
     root.attrs["bioformats2raw.layout"] = 3
     (folder / "image.zarr" / "OME").mkdir()
@@ -135,7 +135,7 @@ def _table(folder: Path) -> None:
 
 
 def _scans(folder: Path) -> None:
-    """DICOM, and a slide in several files: what is read of them before OpenSlide is."""
+    """DICOM and a slide in several files: the parts that are read before OpenSlide opens them."""
     elements = ((0x0002, 0x0010, b"UI", b"1.2.840.10008.1.2.1\0"), (0x0020, 0x000E, b"UI", b"1.2.3.4\0"))
     content = bytes(128) + b"DICM"
     for group, number, kind, value in elements:

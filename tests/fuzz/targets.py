@@ -1,6 +1,6 @@
-"""What is done with the files of each kind: what the package offers for them, and nothing else.
+"""Targets: what the package offers for the files of each kind, and nothing else.
 
-A target's function raises what the package raises; `attempt` lets a `StreamError` pass for a refusal.
+A target's function raises what the package raises; `attempt` counts a `StreamError` as a refusal.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from .seeds import KEY
 from .values import changed, odd_value
 
 MAX_PIXELS = 2**18
-"""What is given as ``max_pixels=`` to all that take it."""
+"""The ``max_pixels=`` of all functions that take it."""
 READ_BYTES = 2**25
-"""Most that a read may announce; the others are not made, as no plan would make them."""
+"""The most bytes that a read may announce; larger reads are not made, as no plan would make them."""
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Attempts:
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
-        """A step; a refusal ends it."""
+        """A step, which a refusal ends."""
         try:
             yield
         except StreamError as error:
@@ -67,9 +67,9 @@ class Target:
 
     use: Use
     files: Callable[[Path], list[Path]]
-    """Those that are changed."""
+    """Returns the files to change, given the folder."""
     mend: Callable[[Path, Random], None] = lambda folder, random: None
-    """Makes checksums right again, as whoever writes the one writes the other."""
+    """Corrects checksums, since whoever writes the content writes these too."""
     reads_elsewhere: bool = False
     """Whether the files may name others anywhere, as a table names images."""
     refused: frozenset[str] = frozenset()
@@ -81,7 +81,7 @@ def _every_file(folder: Path) -> list[Path]:
 
 
 def _read(source: ImageSource) -> None:
-    """A corner at the beginning and one at the end."""
+    """Read a corner at the beginning and one at the end."""
     _, height, width = source.shape
     size = min(height, 16), min(width, 16)
     known = source.reading_cost
@@ -128,7 +128,7 @@ def _use_store(folder: Path, attempts: Attempts) -> None:
 
 
 def _mend_store(folder: Path, random: Random) -> None:
-    """Checksums of metadata in the manifest, and the manifest's own."""
+    """Correct the checksums of metadata in the manifest, and the manifest's own."""
     store = folder / "store"
     try:
         path = next(store.glob("manifest-*"), store / "journal.jsonl")
@@ -226,7 +226,7 @@ def _use_checkpoint(folder: Path, attempts: Attempts) -> None:
 
 
 def _odd_in_state(random: Random) -> Any:
-    """What a checkpoint may hold beside what JSON has."""
+    """An odd value that a checkpoint may hold, of a type that JSON has or of another."""
     if random.random() < 0.5:
         return odd_value(random)
     return random.choice(

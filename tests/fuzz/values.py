@@ -1,4 +1,4 @@
-"""Values, names and texts that programs trip over, and changes of anything that is nested."""
+"""Values, names and texts that programs trip over, and changes of nested values."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NAMES = (
         "pickle",
     ),
 )
-"""``../canary`` is a folder beside the one that is opened, which nothing may look into."""
+"""Names; ``../canary`` is a folder beside the one that is opened, which nothing may look into."""
 
 
 def odd_value(random: Random, names: tuple[str, ...] = NAMES) -> Any:
@@ -98,7 +98,7 @@ def _once(random: Random, value: Any, odd: Callable[[Random], Any]) -> Any:
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Everything in a nested value, by what holds it and where."""
+    """All entries of a nested value, each as its container and key."""
     todo = [value]
     while todo:
         holder = todo.pop()

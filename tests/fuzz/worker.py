@@ -21,9 +21,9 @@ from .mutations import mutate
 from .targets import TARGETS, Attempts
 
 MEMORY_BYTES = 2**28
-"""What an input may take on top of what the process holds after it has opened a valid one."""
+"""The most bytes that an input may take above those held after opening a valid one."""
 MOST_TEXT = 3000
-"""Characters of an error's text."""
+"""The most characters of an error's text."""
 SECRET = "what nobody may read 7d1f"
 
 _WATCHED = {
@@ -66,13 +66,13 @@ class Case:
 
     @property
     def random(self) -> Random:
-        """What its changes are drawn by."""
+        """The generator by which the changes are drawn."""
         return Random(f"{self.target} {self.seed} {self.index}")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of an input: ``accepted``, ``refused``, or a fault."""
+    """The outcome of an input: ``accepted``, ``refused``, or a fault."""
 
     kind: str
     text: str = ""
@@ -80,7 +80,7 @@ class Outcome:
 
 
 def make_case(case: Case, seeds: Path, folder: Path) -> str:
-    """Write the input into the empty ``folder``; what was changed, in words."""
+    """Write the input into the empty ``folder``, and describe the changes in words."""
     random = case.random
     variants = sorted((seeds / case.target).iterdir())
     variant = random.choice(variants)
@@ -93,7 +93,7 @@ def make_case(case: Case, seeds: Path, folder: Path) -> str:
 
 
 class Watch:
-    """Notes what is opened, looked into or changed outside of a folder while it is set."""
+    """Notes accesses to files outside of a folder while it is set: opening, listing and changing."""
 
     def __init__(self) -> None:
         self.inside: str | None = None
@@ -216,7 +216,7 @@ def _where(frames: list[traceback.FrameSummary]) -> str:
 
 
 def _fresh(root: Path) -> Path:
-    """An empty folder for an input, beside which lies what nobody may read."""
+    """An empty folder for an input, beside a folder that nothing may read."""
     folder = root / "case"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
