@@ -1,1 +1,1 @@
-"""Code that people write in a forward pass, streamed and plain: the same, or refused by name."""
+"""Code that people write in a forward pass, compared streamed and plain: the same, or refused by name."""

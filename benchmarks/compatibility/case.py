@@ -1,4 +1,4 @@
-"""A case: the smallest net that shows one kind of code, and the script that trains it.
+"""Cases: each is the smallest net that shows one kind of code, and the script that trains it.
 
 Most faults appear on the second pass, so a case is a script and not one call. The script runs twice, once on
 the plain net and once on a streamed one, and everything it records must agree.
@@ -34,14 +34,14 @@ Steps = Callable[[Any, nn.Module, "Record"], None]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One kind of code, and what must hold for it."""
+    """One kind of code, and the expected result."""
 
     name: str
     kind: str
     build: Build
-    """Makes the net, or a pair: the net, and the world outside it that its code changes."""
+    """Makes the net, or a pair of the net and the objects outside it that its code changes."""
     shape: Shape
-    """(N, C, H, W) of the images."""
+    """Shape (N, C, H, W) of the images."""
     steps: Steps
     expected: str
     """``same``, ``same or refused``, or a regular expression of the refusal's text."""
@@ -51,7 +51,7 @@ class Case:
 
 
 class Record:
-    """What a script did, by name, and the passes that it does."""
+    """Runs a script's passes, and records what the script did, by name."""
 
     def __init__(self, case: Case, net: nn.Module, world: Any, *, streamed: bool) -> None:
         self.case = case
@@ -59,17 +59,17 @@ class Record:
         self.world = world
         self.streamed = streamed
         self.values: dict[str, Snapshot] = {}
-        """Snapshots by group; floors of errors are those of the group."""
+        """Snapshots by group; the floor of errors is that of the group."""
         self.num_passes = 0
         self.before = snapshot(net)
 
     def __call__(self, name: str, value: Any) -> None:
-        """Keep ``value`` as it is now under a name that must be new."""
+        """Record ``value`` as it is now, under a name that must be new."""
         assert name not in self.values, f"'{name}' is recorded twice"
         self.values[name] = snapshot(value)
 
     def stream(self, net: nn.Module) -> nn.Module:
-        """``net`` itself for the plain script, and streamed for the streamed one."""
+        """``net`` itself for the plain script, or streamed for the streamed one."""
         if not self.streamed:
             return net
         model = StreamingModel(net, tile=TILE)
@@ -83,7 +83,7 @@ class Record:
         return image.to(self.case.dtype).requires_grad_(grad)
 
     def mark(self) -> None:
-        """Take the net as it is now for what a refusal from here on must leave behind."""
+        """Record the net as it is now; a refusal from here on must leave it so."""
         self.before = snapshot(self.net)
 
     def run(
@@ -95,7 +95,7 @@ class Record:
         backward: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """One seeded pass; its outputs, gradients and buffers are recorded and the gradients dropped."""
+        """Run one seeded pass, record its outputs, gradients and buffers, and drop the gradients."""
         self.num_passes += 1
         name = f"pass {self.num_passes}"
         self.mark()
@@ -130,7 +130,7 @@ def seed_everything(seed: int) -> None:
 
 
 def backpropagate(outputs: Any, seed: int = 0, **options: Any) -> None:
-    """A backward pass from random gradients of all outputs that have one."""
+    """Run a backward pass from random gradients of all outputs that require one."""
     generator = torch.Generator().manual_seed(seed)
     tensors = [leaf for leaf in _leaves(outputs) if leaf.requires_grad]
     # Drawn in float64, so that real types differ in rounding alone.
@@ -156,12 +156,12 @@ def _leaves(outputs: Any) -> list[Tensor]:
 
 
 def one_pass(model: Any, net: nn.Module, record: Record) -> None:
-    """Forward and backward."""
+    """Run one pass, forward and backward."""
     record.run(model)
 
 
 def passes(number: int) -> Steps:
-    """So many passes, forward and backward."""
+    """A script of ``number`` passes, forward and backward."""
 
     def steps(model: Any, net: nn.Module, record: Record) -> None:
         for _ in range(number):
@@ -171,7 +171,7 @@ def passes(number: int) -> Steps:
 
 
 def between(*changes: Callable[[Any], Any]) -> Steps:
-    """A pass, then for every change of the net: the change and another pass."""
+    """A script of a pass and, for every change of the net, the change and another pass."""
 
     def steps(model: Any, net: nn.Module, record: Record) -> None:
         record.run(model)
@@ -183,7 +183,7 @@ def between(*changes: Callable[[Any], Any]) -> Steps:
 
 
 def given(*args: Any, **kwargs: Any) -> Steps:
-    """One pass for every argument: callables make the further arguments of a pass from its record."""
+    """A script of one pass for each of ``args``, which make the pass's further arguments from the record."""
 
     def steps(model: Any, net: nn.Module, record: Record) -> None:
         for make in args:
@@ -200,9 +200,9 @@ def given(*args: Any, **kwargs: Any) -> Steps:
 
 
 class Small(nn.Module):
-    """Convolution, batch norm, the thing on a map, pooling, the thing on a vector, linear.
+    """Convolution, batch norm, the code on a map, pooling, the code on a vector, linear.
 
-    A bias in front of batch norm has a true gradient of zero, of which only rounding can be compared.
+    The convolution has no bias, whose true gradient before batch norm would be zero.
     """
 
     def __init__(self) -> None:
@@ -212,15 +212,15 @@ class Small(nn.Module):
         self.head = nn.Linear(WIDTH, 4)
 
     def middle(self, x: Tensor) -> Any:
-        """The thing on a map (N, C, H, W); cases override it."""
+        """The code on a map (N, C, H, W); cases override it."""
         return x
 
     def late(self, v: Tensor) -> Any:
-        """The thing on a vector (N, C); cases override it."""
+        """The code on a vector (N, C); cases override it."""
         return v
 
     def maps(self, x: Tensor) -> Tensor:
-        """The map (N, C, H, W) in front of the thing."""
+        """The map (N, C, H, W) before the code."""
         return self.norm(self.conv(x))
 
     def forward(self, x: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""A case's script run on the plain and on the streamed net, and everything that it did compared."""
+"""Run a case's script on the plain and on the streamed net, and compare everything that it did."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _RUNS = "runs"
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of a case."""
+    """The result of a case."""
 
     case: Case
     verdict: str
@@ -41,10 +41,10 @@ class Result:
     error: float
     """The largest relative error; infinite where values cannot be compared."""
     plain: str
-    """The value that differs most."""
+    """The value that differs most, in the plain run; the next is that in the streamed run."""
     streamed: str
     faults: tuple[str, ...] = ()
-    """What differs, worst first."""
+    """Descriptions of differences, worst first."""
 
     @property
     def holds(self) -> bool:
@@ -63,7 +63,7 @@ class Result:
 
 @dataclass(slots=True)
 class Outcome:
-    """What one run of a script did."""
+    """The outcome of one run of a script."""
 
     values: dict[str, Snapshot] = field(default_factory=dict)
     error: Exception | None = None
@@ -72,16 +72,16 @@ class Outcome:
     printed: str = ""
     warned: list[str] = field(default_factory=list)
     unable: dict[str, str] = field(default_factory=dict)
-    """What cannot be done with the net afterwards, and why."""
+    """Operations that fail on the net afterwards, with the reasons."""
 
 
 def compare(case: Case) -> Result:
-    """Run ``case`` plain and streamed and say how they differ.
+    """Run ``case`` plain and streamed, and compare the two runs.
 
     Raises
     ------
     Exception
-        Whatever the script raises on the plain net: the case is broken.
+        Any error of the script on the plain net, as the case is broken then.
     """
     plain, streamed = outcome_of(case, streamed=False), outcome_of(case, streamed=True)
     if plain.error is not None:
@@ -99,7 +99,7 @@ def compare(case: Case) -> Result:
 
 
 def outcome_of(case: Case, *, streamed: bool) -> Outcome:
-    """What the script of ``case`` does to one of the two nets."""
+    """Run the script of ``case`` on one of the two nets."""
     outcome = Outcome()
     net, world = _built(case)
     record = Record(case, net, world, streamed=streamed)
@@ -142,7 +142,7 @@ def _built(case: Case) -> tuple[nn.Module, Any]:
 
 
 def _cast(net: nn.Module, dtype: torch.dtype) -> None:
-    """As ``net.to(dtype)``, which would drop imaginary parts."""
+    """Cast as ``net.to(dtype)`` does, without dropping imaginary parts."""
 
     def cast(tensor: Tensor) -> Tensor:
         if tensor.is_complex():
@@ -158,7 +158,7 @@ def _is_expected(case: Case, text: str) -> bool:
 
 
 def _differences(plain: Outcome, streamed: Outcome, groups: Iterable[str]) -> list[Difference]:
-    """How the two differ in what they recorded under the names ``groups``."""
+    """The differences of two runs in the values recorded under the names ``groups``."""
     found: list[Difference] = []
     for group in groups:
         for each in differences(plain.values.get(group, {}), streamed.values.get(group, {})):
@@ -188,7 +188,7 @@ def _text(each: Difference) -> str:
 
 
 def _faults_of_refusal(case: Case, plain: Outcome, streamed: Outcome) -> tuple[str, ...]:
-    """What a refusal must not do: change the net, print, or come after a pass that was wrong."""
+    """Faults of a refusal: it changed the net, printed, or came after a pass that was wrong."""
     before = [group for group in streamed.values if group not in _AT_THE_END]
     found = _differences(plain, streamed, before)
     faults = [_text(each) for each in found if not each.error <= case.tolerance]
@@ -203,7 +203,7 @@ def _faults_of_refusal(case: Case, plain: Outcome, streamed: Outcome) -> tuple[s
 
 
 def _less_able(plain: Outcome, streamed: Outcome) -> list[str]:
-    """What can be done with the plain net afterwards but not with the streamed one, or with its model."""
+    """Operations that work on the plain net afterwards, but not on the streamed one or its model."""
     return [
         f"cannot {what}: {why}"
         for what, why in streamed.unable.items()
@@ -235,7 +235,7 @@ def _numpy_state() -> str:
 
 
 def _global_state() -> dict[str, Any]:
-    """What a pass must not leave changed."""
+    """The global state that a pass must leave as it was."""
     return {
         "grad mode": torch.is_grad_enabled(),
         "inference mode": torch.is_inference_mode_enabled(),
@@ -249,7 +249,7 @@ def _global_state() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _global_state_kept() -> Iterator[None]:
-    """Undo what a script leaves behind in PyTorch and in the environment."""
+    """Undo a script's changes of the state of PyTorch and of the environment."""
     dtype, grad, environment = torch.get_default_dtype(), torch.is_grad_enabled(), dict(os.environ)
     try:
         yield
@@ -262,7 +262,7 @@ def _global_state_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _heard(outcome: Outcome) -> Iterator[None]:
-    """Keep what is printed, by Python or past it, and warnings."""
+    """Capture warnings, and text that Python or other code prints."""
     text = io.StringIO()
     with tempfile.TemporaryFile() as file, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -1,4 +1,4 @@
-"""Snapshots: every value that an object holds by its path, as it is at one moment, and how two differ."""
+"""Snapshots: all values of an object at one moment, by path, and the differences of two snapshots."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _OF_TORCH_COMPILE = ("_is_torch_compile", "_compiled_call_impl")
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A tensor as it was."""
+    """A tensor as it was when the snapshot was taken."""
 
     what: str
     """Class, type, shape and whether it requires a gradient."""
     value: Tensor | None
-    """A copy, or None for one that has no values, as a fake tensor."""
+    """A copy of the tensor; None for one without values, such as a fake tensor."""
 
 
 def snapshot(value: Any) -> Snapshot:
@@ -47,7 +47,7 @@ def snapshot(value: Any) -> Snapshot:
 
 
 class _Walk:
-    """Fills a snapshot; what is met again is noted as the same as before."""
+    """Fills a snapshot; an object that is met again is noted as the same as before."""
 
     def __init__(self, found: Snapshot) -> None:
         self.found = found
@@ -142,7 +142,7 @@ def _held(tensor: Tensor) -> Held:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How far one leaf is from the other."""
+    """The difference of two leaves at one path."""
 
     path: str
     error: float
@@ -152,7 +152,7 @@ class Difference:
 
 
 def differences(expected: Snapshot, found: Snapshot) -> list[Difference]:
-    """One entry for every path of either, in order."""
+    """The difference at every path of either snapshot, in order."""
     floor = FLOOR * max(
         (_norm(leaf.value) for leaf in expected.values() if isinstance(leaf, Held)), default=0.0
     )
