@@ -1,1 +1,1 @@
-"""Enforcing a budget, and measuring what was used."""
+"""Ceilings: enforce a budget, and measure the memory that was used."""

@@ -59,11 +59,11 @@ class Ceiling(Protocol):
 
     @property
     def baseline_bytes(self) -> int | None:
-        """What the process held when the pass began, if the budget counts from there; None if not."""
+        """Bytes that the process held when the pass began, if the budget counts from there; None if not."""
 
     @property
     def room(self) -> Room | None:
-        """What other limits left when the pass began; None where there are none."""
+        """The room that other limits left when the pass began; None where there are none."""
 
     @property
     def counts_code(self) -> bool:
@@ -218,5 +218,5 @@ def reserved_bytes(device: torch.device) -> int:
 
 
 def room_for(device: torch.device) -> Room | None:
-    """What other limits leave of the memory that a pass on ``device`` takes; None where there are none."""
+    """The room that other limits leave for a pass on ``device``; None where there are none."""
     return host_room() if device.type == "cpu" else None

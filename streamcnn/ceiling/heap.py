@@ -1,7 +1,7 @@
 """Measure what the C library's heap holds free, and keep a pass from taking it.
 
 In a process that has run plain PyTorch the heap may hold a gigabyte free, in holes. Blocks of any size then
-come from there. The kernel is not asked, so it refuses nothing; and what is freed stays resident, so tiles'
+come from there. The kernel is not asked, so it refuses nothing; and freed blocks stay resident, so tiles'
 tensors of many sizes spread over all of it. With the holes filled, a pass finds the heap of a fresh process.
 """
 

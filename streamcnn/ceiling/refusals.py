@@ -1,4 +1,4 @@
-"""Which errors mean that memory was refused: by the kernel, by a GPU's allocator or by a library."""
+"""Recognise errors that mean refused memory: by the kernel, by a GPU's allocator or by a library."""
 
 from __future__ import annotations
 

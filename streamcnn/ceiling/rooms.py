@@ -39,7 +39,7 @@ _RAISE_GROUPS = (
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What one limit leaves."""
+    """The memory that one limit leaves."""
 
     nbytes: int
     name: str
@@ -204,7 +204,7 @@ def _levels(root: Path, path: str) -> Iterator[Path]:
 
 
 def _group_room(files: _Files, folder: Path) -> Room | None:
-    """What a group's limit leaves; None if the group has no limit or it cannot be read."""
+    """The room that a group's limit leaves; None if the group has no limit or it cannot be read."""
     limit, used = _number(folder / files.limit), _number(folder / files.used)
     if limit is None or used is None or limit >= _NO_LIMIT:
         return None

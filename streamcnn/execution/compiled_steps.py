@@ -82,7 +82,7 @@ class _Kind:
 
     step: Step
     met: Counter[Placements] = field(default_factory=Counter)
-    """How often each layout of inputs was met that was not tried to compile yet."""
+    """How often inputs of each layout were met for which compiling was not tried yet."""
     tried: set[Placements] = field(default_factory=set)
     compiled: dict[Placements, Compute] = field(default_factory=dict)
 

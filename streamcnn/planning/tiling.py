@@ -171,7 +171,7 @@ class AxisGrid:
 
     @property
     def num_shapes(self) -> int:
-        """How many shapes of tiles there are."""
+        """The number of different shapes of tiles."""
         return max(self.shapes) + 1
 
     def steps(self, kinds: Sequence[int]) -> tuple[AxisStep, ...]:

@@ -105,7 +105,7 @@ class Obstacle:
 
 @dataclass(frozen=True, slots=True)
 class Streamability:
-    """Which parts of a model are streamed, for images of one shape in training."""
+    """The parts of a model that are streamed for images of one shape, and those that are not."""
 
     shape: tuple[int, int, int, int]
     num_streamed: int

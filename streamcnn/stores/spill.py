@@ -16,7 +16,7 @@ from streamcnn.stores.owners import abandoned, new_name
 from streamcnn.support.disk import lies_in_memory
 
 _ON_DISK = Path("/var/tmp")
-"""The system's other temporary folder, for what is large, where the first one lies in memory."""
+"""The system's temporary folder for large files, used where the first one lies in memory."""
 
 
 def spill_place(parent: str | os.PathLike[str] | None) -> Path:
