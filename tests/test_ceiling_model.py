@@ -139,7 +139,8 @@ def refused(model: StreamingModel, image: Tensor) -> list[Any]:
                 output = model(image)
                 before = states_of(model)
                 node = output.grad_fn
-                node.run.plan = dataclasses.replace(node.run.plan, budget=TOO_SMALL)
+                current = node.run.current
+                current.plan = dataclasses.replace(current.plan, budget=TOO_SMALL)
                 output.sum().backward()
         except BudgetExceeded as error:
             results.append([str(error), identical(before, states_of(model)), soft_limit()])
@@ -166,7 +167,7 @@ def retried(model: StreamingModel, image: Tensor, fails_forward: bool) -> dict[s
     output = model(image)
     PlanCache.plan = planned
     if not fails_forward:
-        run = output.grad_fn.run
+        run = output.grad_fn.run.current
         run.plan = dataclasses.replace(run.plan, budget=budget)
     output.sum().backward()
     assert model.last_report is not None

@@ -200,7 +200,7 @@ def test_a_class_named_by_escape_codes_is_escaped(
 ) -> None:
     change_manifest(store, lambda lines: lines[0].update(classes=["\x1b[31mred", "[/bold]"]))
     status, out, _ = run("info", store)
-    assert (status, "\x1b" in out, r"\x1b[31mred, [/bold]" in out) == (0, False, True)
+    assert (status, "\x1b" in out, r"0: \x1b[31mred; 1: [/bold]" in out) == (0, False, True)
 
 
 def test_too_few_checksums_are_one_clear_error(store: Path) -> None:

@@ -90,7 +90,10 @@ def test_tables_are_read_however_they_were_written(folder: Path, tmp_path: Path,
         ("image;label\na.png;0\n", "columns are separated by ';': save it with commas"),
         ("image\tlabel\na.png\t0\n", "columns are separated by tabs: save it with commas"),
         ("", "has the columns []: needed are image and label"),
-        ("image,Mask\na,b\n", "and split if wanted; for its column mask give --task segmentation"),
+        (
+            "image,Mask\na,b\n",
+            "its column mask is for the task segmentation, as of `train --task segmentation`",
+        ),
         (
             "image,label,subset\na.png,0,Train\nb.png,1,test\n",
             "has no column split, and its column 'subset' holds 'Train', 'test': call it split, or take",

@@ -1,8 +1,8 @@
-"""What the user's ``autograd.Function`` does besides computing, while it is run on fake tensors.
+"""Side effects of the user's ``autograd.Function`` while it runs on fake tensors.
 
-It is run once more when the pass is carried out. A counter that it moves, a list that it appends to or a
-number that it draws from Python would be another one then, so such a function is refused. Looked at are the
-modules, and what the function's own code names: its class, globals and closures, and objects among those.
+The function runs again when the pass is carried out, and would then move a counter, append to a list or draw
+a number from Python once more; so it is refused. Checked are all modules, and everything that the function's
+code names: its class, globals and closures, and objects among those.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import contextlib
 import io
 import logging
 import random
+import sys
 import types
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -42,7 +44,7 @@ def nothing_changed(net: nn.Module, function: type) -> Iterator[None]:
     kind = dict(vars(function))
     drawn = (random.getstate(), np.random.get_state())
     # What it prints it prints again.
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), _collectives_numbered_apart():
         yield
     changed = [(holder, before) for holder, before in held if not _is_same(holder, before)]
     attributes = {name for name in {*kind, *vars(function)} if vars(function).get(name) is not kind.get(name)}
@@ -60,6 +62,17 @@ def nothing_changed(net: nn.Module, function: type) -> Iterator[None]:
         f"the forward of {function.__name__} (autograd.Function) {what}, and it is carried out apart from "
         "the code around it: do so in the forward of the module, and pass it what it needs"
     )
+
+
+@contextlib.contextmanager
+def _collectives_numbered_apart() -> Iterator[None]:
+    """Let PyTorch draw numbers of collectives on fake tensors from a generator of its own, for the block."""
+    numbering = sys.modules.get("torch.distributed._meta_registrations")
+    if not hasattr(numbering, "random"):
+        yield
+        return
+    with patch.object(numbering, "random", random.Random()):
+        yield
 
 
 def _holders(net: nn.Module, function: type) -> list[Any]:
