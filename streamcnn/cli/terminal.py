@@ -1,4 +1,4 @@
-"""What there is room for on a terminal."""
+"""Whether output fits on the terminal."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ _ANY_WIDTH = 10_000
 
 
 def fits(shown: RenderableType, console: Console) -> bool:
-    """Whether the terminal is as wide as it takes to show something without cutting or folding it."""
+    """Whether the terminal is wide enough to show ``shown`` without cutting or wrapping it."""
     options = console.options.update(max_width=_ANY_WIDTH)
     return console.measure(shown, options=options).maximum <= console.width

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class _Fitting(Progress):
-    """Progress in lines that are no wider than the terminal: what matters least is left out of a narrow one.
+    """Progress in lines no wider than the terminal: a narrow one shows only the columns that matter most.
 
     Parameters
     ----------
@@ -41,7 +41,7 @@ class _Fitting(Progress):
         super().__init__(*columns, console=console, disable=disable)
 
     def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
-        """The columns that there is room for."""
+        """A table of the columns that fit."""
         shown, least_first = [*self._every], iter(self._least_first)
         tasks = [*tasks]
         while True:

@@ -1,9 +1,9 @@
-"""Functions and methods of PyTorch's that the user has replaced by others.
+"""Functions and methods of PyTorch that the user has replaced.
 
-Those of ``torch`` and ``torch.nn.functional`` are called as anywhere. Under PyTorch's function modes, which a
-capture needs, a replaced function that calls the original is called once more by that: the original asks for
-the function of its name. So while an original runs, its name stands for itself; where that cannot be seen to,
-the call is refused.
+Replacements in ``torch`` and ``torch.nn.functional`` are called as in plain PyTorch. A capture needs function
+modes of PyTorch's, under which an original looks up the function of its own name. A replacement that calls
+the original would then be called once more. So while an original runs, its name refers to the original; where
+that cannot be arranged, the call is refused.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from streamcnn.errors import UnsupportedModel
 
 
 def _functions_of(place: Any) -> dict[str, Any]:
-    """What may be called there; methods of the class itself are made anew for each look."""
+    """The functions of a module or class by name, without those that are made anew at each access."""
     names = (name for name in dir(place) if name not in _SEEDING and callable(getattr(place, name)))
     found = {name: getattr(place, name) for name in names}
     return {n: f for n, f in found.items() if getattr(place, n) is f and not isinstance(f, type)}
 
 
-# Dynamo itself replaces the first of them, when it is used first; a forward pass may call none.
+# Dynamo itself replaces the first of these at its first use; a forward pass may call none of them.
 _SEEDING = ("manual_seed", "set_rng_state", "seed")
 _OURS = str(Path(__file__).parents[1])
 _OWN = tuple((place, _functions_of(place)) for place in (torch, F, Tensor))
 
 
 def replaced_functions() -> tuple[Any, ...]:
-    """What stands where functions of PyTorch's have been, in order."""
+    """The present functions under all names that no longer hold PyTorch's own, in order."""
     return tuple(
         found
         for place, own in _OWN
@@ -46,14 +46,14 @@ def replaced_functions() -> tuple[Any, ...]:
 
 
 def is_replaced_method(name: str) -> bool:
-    """Whether a method of tensors has been replaced."""
+    """Whether a method of ``Tensor`` has been replaced."""
     own = _OWN[-1][1].get(name)
     return own is not None and getattr(Tensor, name) is not own
 
 
 @contextmanager
 def under_its_own_name(function: Callable[..., Any]) -> Iterator[None]:
-    """A block in which an original finds itself under its name."""
+    """Let an original find itself under its own name, for the block."""
     if not isinstance(function, types.FunctionType) or function.__module__ != F.__name__:
         yield
         return
@@ -66,7 +66,7 @@ def under_its_own_name(function: Callable[..., Any]) -> Iterator[None]:
 
 
 def refuse_replaced(function: Callable[..., Any]) -> None:
-    """Refuse what an original has asked for under its name, if that is not PyTorch's.
+    """Make sure that ``function``, which an original looked up under its own name, is PyTorch's.
 
     Raises
     ------

@@ -1,7 +1,7 @@
-"""Products by an equation of ``einsum``, of maps with merged axes of space, and such that mix positions.
+"""``einsum`` and ``tensordot`` of maps with merged spatial axes, and of maps whose positions are mixed.
 
-Where the product is no product of each position by itself, it is carried out as a product of matrices, which
-has its positions as rows, as columns or summed over: attention, and keys with values of linear attention.
+A product that does not treat each position separately becomes a matrix product, in which positions are rows,
+columns or summed over. Examples are attention, and the product of keys and values in linear attention.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _MIXING = NotStreamable("it mixes positions")
 
 
 def _einsum(tracer: FoldingTracer, call: Call) -> Any:
-    """A product by an equation, with a letter for each axis that the code sees."""
+    """Translate ``einsum``, with a letter for each axis that the user's code sees."""
     equation, operands = call.bind("equation", "tensors")
     shapes = [_seen(tracer, value) for value in operands]
     named = products.terms_of(equation, [len(shape) for shape in shapes])
     if isinstance(named, NotStreamable):
         return named
     *terms, right = named
-    # Without merged axes the rule has been asked already.
+    # Without merged axes, the operator's own rule has refused it already.
     result = _by_letters(tracer, call, terms, right, operands) if is_folded(call) else _MIXING
     if not isinstance(result, NotStreamable):
         return result
@@ -56,7 +56,7 @@ def _einsum(tracer: FoldingTracer, call: Call) -> Any:
             return result
     if len(terms) > 2:
         return result
-    # What only one operand has and the result lacks is summed first.
+    # Axes of one operand alone that the result lacks are summed first.
     summed = [
         _summed(tracer, value, term, right + "".join(terms[:index] + terms[index + 1 :]))
         for index, (value, term) in enumerate(zip(operands, terms, strict=True))
@@ -73,7 +73,7 @@ def _einsum(tracer: FoldingTracer, call: Call) -> Any:
 def _by_letters(
     tracer: FoldingTracer, call: Call, terms: Sequence[str], right: str, operands: Sequence[Value]
 ) -> Any:
-    """The product of each position by itself, with a letter for each of the map's axes."""
+    """Translate a product at each position, with a letter for each of the map's own axes."""
     parts: dict[str, tuple[int, ...]] = {}
     for term, value in zip(terms, operands, strict=True):
         if isinstance(value, Folded):
@@ -108,7 +108,7 @@ def _as_matrices(
     right: str,
     extents: dict[str, int],
 ) -> Any:
-    """A product of two operands with these letters as one of matrices, in batches."""
+    """Compute a product of two operands with these letters as a batched matrix product."""
     (left_value, left), (right_value, other) = first, second
     batch = [each for each in right if each in left and each in other]
     rows = [each for each in right if each in left and each not in other]
@@ -129,7 +129,7 @@ def _as_matrices(
 
 
 def _summed(tracer: FoldingTracer, value: Value, term: str, kept: str) -> tuple[Any, str]:
-    """An operand without the axes whose letters are not ``kept``, and the letters that it has then."""
+    """Sum an operand over the axes whose letters are not in ``kept``; the result and its letters."""
     dims = [axis for axis, letter in enumerate(term) if letter not in kept]
     if not dims:
         return value, term
@@ -150,7 +150,7 @@ def _reshaped(tracer: FoldingTracer, value: Any, shape: tuple[int, ...]) -> Any:
 
 
 def _applied(tracer: FoldingTracer, call: Call) -> Any:
-    """What a call gives, of maps as the code sees them or of global values alone."""
+    """The result of a call on maps as the user's code sees them, or on global values alone."""
     if all(isinstance(value, Ref) and tracer.axes(value) is None for value in values_of(call)):
         return tracer.global_value(call.target, *call.args, **call.kwargs)
     result = NotStreamable("") if is_folded(call) else tracer.stream(call)
@@ -158,14 +158,14 @@ def _applied(tracer: FoldingTracer, call: Call) -> Any:
 
 
 def _seen(tracer: FoldingTracer, value: Value) -> tuple[int, ...]:
-    """The shape that the code sees."""
+    """The shape that the user's code sees."""
     if isinstance(value, Folded):
         return value.seen(tracer.spec(value.ref).shape)
     return tracer.spec(value).shape
 
 
 def _tensordot(tracer: FoldingTracer, call: Call) -> Any:
-    """A product over listed axes of two operands, by an equation."""
+    """Translate ``tensordot`` as an equation of ``einsum``."""
     shapes = [_seen(tracer, value) for value in call.bind("self", "other")]
     return _einsum(tracer, products.by_equation(call, [len(shape) for shape in shapes]))
 

@@ -26,24 +26,24 @@ from streamcnn.errors import UnsupportedModel
 
 _CONTAINERS = (dict, list, set, deque)
 _CODE = (type, types.ModuleType, types.FunctionType, types.MethodType)
-# Loggers note whom they have asked; modules are looked at all, and tensors not at all.
+# Loggers cache their levels. All modules are checked separately, and tensors elsewhere.
 _NOT_LOOKED_INTO = (*_CODE, nn.Module, Tensor, logging.Logger)
 _STEPS = ("forward", "setup_context")
 
 
 @contextlib.contextmanager
 def nothing_changed(net: nn.Module, function: type) -> Iterator[None]:
-    """A block that runs the code of ``function`` on fake tensors.
+    """Refuse side effects of ``function``, whose code runs on fake tensors in the block.
 
     Raises
     ------
     UnsupportedModel
-        If it has changed something; that is put back.
+        If the code changed something beside its results; the change is undone first.
     """
     held = [(holder, _contents(holder)) for holder in _holders(net, function)]
     kind = dict(vars(function))
     drawn = (random.getstate(), np.random.get_state())
-    # What it prints it prints again.
+    # The function prints again when the pass is carried out.
     with contextlib.redirect_stdout(io.StringIO()), _collectives_numbered_apart():
         yield
     changed = [(holder, before) for holder, before in held if not _is_same(holder, before)]
@@ -76,7 +76,7 @@ def _collectives_numbered_apart() -> Iterator[None]:
 
 
 def _holders(net: nn.Module, function: type) -> list[Any]:
-    """Whose contents the code may change, each once."""
+    """Containers and closure cells that the code may change, each once."""
     found: dict[int, Any] = {}
     pending = [vars(module) for module in net.modules()]
     pending += list(_named_by(function))
@@ -96,7 +96,7 @@ def _holders(net: nn.Module, function: type) -> list[Any]:
 
 
 def _named_by(function: type) -> Iterator[Any]:
-    """What stands behind the names in the code of ``function``."""
+    """The globals and closure cells that the code of ``function`` names."""
     for step in _STEPS:
         run = getattr(function, step)
         if not isinstance(run, types.FunctionType) or run.__module__.startswith(f"{torch.__name__}."):
@@ -118,7 +118,7 @@ def _contents(holder: Any) -> Any:
         try:
             return holder.cell_contents
         except ValueError:
-            # The name has no value yet.
+            # The cell is still empty.
             return None
     return dict(holder) if isinstance(holder, dict) else list(holder)
 
@@ -143,5 +143,5 @@ def _put_back(holder: Any, before: Any) -> None:
 
 
 def _are_equal(first: Any, second: Any) -> bool:
-    """Whether two of NumPy's states are the same."""
+    """Whether two states of NumPy's generator are equal."""
     return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))

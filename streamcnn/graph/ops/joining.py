@@ -1,4 +1,4 @@
-"""Maps that are joined along an axis of space, and cut into parts along one."""
+"""Maps that are concatenated along a spatial axis, or cut into parts along one."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from streamcnn.graph.program import Access, Axes, Ref
 aten = torch.ops.aten
 
 MOST_PARTS = 16
-"""Parts along an axis of space that are streamed: each tile reads a position of all of them at least."""
+"""Largest number of parts that is streamed: each tile reads at least one position of every part."""
 
 
 def join(tracer: Tracer, refs: Sequence[Ref], dim: int, like: Tensor, axes: Axes) -> Ref | NotStreamable:
-    """Record that maps stand one behind the other along the spatial axis ``dim``."""
+    """Record the concatenation of maps along the spatial axis ``dim``."""
     if len(refs) > MOST_PARTS:
         return NotStreamable(f"it joins more than {MOST_PARTS} maps along a spatial axis")
     sizes = tuple(tracer.spec(ref).shape[dim] for ref in refs)
@@ -32,10 +32,10 @@ def join(tracer: Tracer, refs: Sequence[Ref], dim: int, like: Tensor, axes: Axes
     for ref, start in zip(refs, (0, *accumulate(sizes)), strict=False):
         part = ref
         if tracer.spec(ref).dtype != like.dtype:
-            # A tile that has positions of one map alone has its type.
+            # A tile with positions of one map alone would have that map's dtype.
             part = pointwise(tracer, Call(aten.to.dtype, (ref, like.dtype), {}))
         if part.name in accesses:
-            # How an operator reads an operand is kept by its name.
+            # The accesses of an operator are kept by operand name.
             part = _again(tracer, part, axes)
         along = Sliding(padding=start)
         accesses[part.name] = Access(along, Same()) if dim == axes[0] else Access(Same(), along)
@@ -46,7 +46,7 @@ def join(tracer: Tracer, refs: Sequence[Ref], dim: int, like: Tensor, axes: Axes
 
 
 def _again(tracer: Tracer, ref: Ref, axes: Axes) -> Ref:
-    """A map under another name."""
+    """Record an alias of a map, to have it under another name."""
     call = Call(aten.alias.default, (ref,), {})
     return tracer.local(
         call.target, call.args, like=tracer.fake(call), axes=axes, accesses={ref.name: Access()}
@@ -56,9 +56,9 @@ def _again(tracer: Tracer, ref: Ref, axes: Axes) -> Ref:
 def joined(
     parts: Sequence[Tensor], dim: int, sizes: tuple[int, ...], axes: Axes, *, out: Region, origin: Region
 ) -> Tensor:
-    """Positions ``out`` of maps of ``sizes`` along ``dim``, one behind the other.
+    """Positions ``out`` of the concatenation of maps with ``sizes`` along ``dim``.
 
-    Of a map that has none of those positions, there is one other in ``parts``.
+    For a map without any of these positions, ``parts`` holds one position that is not used.
     """
     wanted = out[axes.index(dim)]
     starts = (0, *accumulate(sizes))
