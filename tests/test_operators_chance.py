@@ -209,7 +209,7 @@ def test_tokens_are_dropped_alike_in_tiles_and_in_the_resident_tail() -> None:
     torch.testing.assert_close(tiled, (output.detach(), gradient), rtol=1e-9, atol=1e-12)
 
 
-# No part of what a function may not change beside its results, as a counter in a class would be.
+# Not a counter in the class: a function that changes one is refused.
 _shaken_paths = itertools.count()
 
 
