@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import gc
-import random
-import types
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as module_hooks
 
 from streamcnn.capture.scripts import ScriptedAttributes
+from streamcnn.capture.unguarded.contents import Contents, HostRandom, put_back
 from streamcnn.errors import UnsupportedModel
 
 CONTAINERS = (dict, list, deque)
@@ -142,36 +139,23 @@ def entries_of(containers: Sequence[Any]) -> Iterator[tuple[Any, Any, Any]]:
             pending += [inner for inner in held if isinstance(inner, CONTAINERS)]
 
 
-_NO_HELPERS = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType, weakref.ref)
-"""Types of objects whose attributes are not restored after a failed pass."""
-
-
 class Snapshot:
     """The attributes of all submodules, and the contents of containers among them and among ``arguments``."""
 
     def __init__(self, net: nn.Module, arguments: Sequence[Any] = ()) -> None:
         self._modules = [(name, module, dict(vars(module))) for name, module in net.named_modules()]
         self._scripted = [(module, ScriptedAttributes(module)) for module in net.modules()]
-        self._contents: dict[int, tuple[Any, Any]] = {}
-        self._random = (random.getstate(), np.random.get_state())
+        self._contents = Contents()
+        self._random = HostRandom()
         for _, _, attributes in self._modules:
             for value in attributes.values():
-                self._keep(value)
+                self._contents.keep(value)
         for container in containers_in(arguments):
-            self._keep(container)
-
-    def _keep(self, value: Any) -> None:
-        if isinstance(value, (list, dict, set, deque)) and id(value) not in self._contents:
-            self._contents[id(value)] = (value, copy.copy(value))
-            for inner in value.values() if isinstance(value, dict) else value:
-                self._keep(inner)
-        elif isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, _NO_HELPERS):
-            self._keep(vars(value))
+            self._contents.keep(container)
 
     def restore(self) -> None:
         """Restore everything, and the random states of Python and NumPy."""
-        random.setstate(self._random[0])
-        np.random.set_state(self._random[1])
+        self._random.restore()
         for _, module, attributes in self._modules:
             vars(module).clear()
             vars(module).update(attributes)
@@ -180,9 +164,8 @@ class Snapshot:
             for name, value in scripted.items():
                 if present[name] is not value:
                     present[name] = value
-        for container, contents in self._contents.values():
-            container.clear()
-            (container.extend if isinstance(container, (list, deque)) else container.update)(contents)
+        for container, contents in self._contents:
+            put_back(container, contents)
 
     def refuse_fakes(self) -> None:
         """Raise if an attribute holds a fake tensor."""
