@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +24,7 @@ from benchmarks.speed.kinds import kinds_of
 from benchmarks.speed.task import Task
 from benchmarks.speed.worker import Worker
 from streamcnn.data.ultramnist import Recipe, Spec, load_digits, make_image
-from streamcnn.profiling.scales import bytes_step
+from streamcnn.profiling.scales import bytes_ticks
 from streamcnn.support.extras import require
 from streamcnn.support.units import format_bytes, parse_bytes
 
@@ -32,6 +33,7 @@ _RECORDS = RESULTS / "memory_curve.jsonl"
 _MOST_POINTS = 400
 """The most points of a recorded curve, each the highest of its stretch of time."""
 _PLAIN, _PLAIN_WORDS, _STREAMED, _BUDGET = "#8a8f98", "#4b5058", "#1f6feb", "#c62828"
+_LABEL = {"textcoords": "offset points", "fontsize": 9}
 _DIGITS = (0, "test", 3)
 """Seed, split and index of the image that is shown."""
 
@@ -81,11 +83,10 @@ def thinned(readings: list[tuple[float, int]], most: int = _MOST_POINTS) -> list
     """A curve thinned to its highest point in each stretch, so that no peak is lost."""
     step = -(-len(readings) // most)
     stretches = [readings[at : at + step] for at in range(0, len(readings), step)]
-    return [(round(seconds, 2), nbytes) for seconds, nbytes in (max(each, key=_height) for each in stretches)]
-
-
-def _height(reading: tuple[float, int]) -> int:
-    return reading[1]
+    return [
+        (round(seconds, 2), nbytes)
+        for seconds, nbytes in (max(each, key=itemgetter(1)) for each in stretches)
+    ]
 
 
 def figure(found: dict[str, Any]) -> Any:
@@ -130,8 +131,7 @@ def _draw_curves(axes: Any, found: dict[str, Any]) -> None:
     most = max(nbytes for _, nbytes in streamed["readings"])
     words = f"streamcnn: {format_bytes(most)}, {streamed['seconds']:.0f} s, the same gradients"
     axes.annotate(words, (end, budget), (0, 20), color=_STREAMED, ha="right", **_LABEL)
-    ticks = range(0, int(1.1 * top) + 1, bytes_step(int(1.1 * top)))
-    axes.set_yticks(ticks, [format_bytes(tick) if tick else "0" for tick in ticks])
+    axes.set_yticks(*zip(*bytes_ticks(int(1.1 * top)), strict=True))
     axes.set_ylim(0, 1.1 * top)
     axes.set_xlim(0, 1.02 * end)
     axes.set_xlabel("time of a forward and backward pass [s]")
@@ -142,8 +142,6 @@ def _draw_curves(axes: Any, found: dict[str, Any]) -> None:
     )
     axes.spines[["top", "right"]].set_visible(False)
 
-
-_LABEL = {"textcoords": "offset points", "fontsize": 9}
 
 if __name__ == "__main__":
     app()

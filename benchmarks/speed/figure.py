@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.speed.results import Result, Row
-from streamcnn.profiling.scales import bytes_step
+from streamcnn.profiling.scales import bytes_ticks
 from streamcnn.support.extras import require
-from streamcnn.support.units import format_bytes
 
 _COLORS = ("#7b3fb5", "#c62828", "#d97706", "#16803c", "#0891b2", "#be185d")
 _MARKERS = "sDv^Ph"
@@ -78,8 +77,7 @@ def _scale(axes: Any, result: Result, rows: list[Row]) -> None:
     slowest = max((max(row.values("seconds")) for row in rows), default=1)
     axes.set_xlim(0, _ROOM * most)
     axes.set_ylim(0, _ROOM * slowest)
-    ticks = range(0, int(_ROOM * most) + 1, bytes_step(int(_ROOM * most)))
-    axes.set_xticks(ticks, [format_bytes(tick) if tick else "0" for tick in ticks])
+    axes.set_xticks(*zip(*bytes_ticks(int(_ROOM * most)), strict=True))
     axes.set_xlabel(_MEMORY[result.device_kind])
     axes.set_ylabel("time of a pass [s]")
 

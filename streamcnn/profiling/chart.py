@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from streamcnn.profiling.scales import bytes_step, seconds_ticks, upper_edge
+from streamcnn.profiling.scales import bytes_ticks, seconds_ticks, upper_edge
 from streamcnn.profiling.tile_profile import TileProfile
 from streamcnn.support.units import format_bytes, format_duration
 
@@ -45,7 +45,7 @@ def draw_memory_chart(profiles: Sequence[TileProfile]) -> str:
     projected = [(p.tile, p.projected_bytes) for p in ordered]
     measured = [(p.tile, p.measured_bytes) for p in ordered if p.measured_bytes is not None]
     top = int(scale.top)
-    ticks = [(float(n), format_bytes(n) if n else "0") for n in range(0, top + 1, bytes_step(top))]
+    ticks = [(float(nbytes), label) for nbytes, label in bytes_ticks(top)]
     parts = [
         *_axes(scale, ticks),
         _polyline("projected", projected, scale),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from streamcnn.profiling.plan_drawing import draw_plan
-from streamcnn.profiling.scales import bytes_step, upper_edge
+from streamcnn.profiling.scales import bytes_ticks, upper_edge
 from streamcnn.profiling.shapes import Arc, Box, Drawing, Label, Lines, Shape
 from streamcnn.profiling.tile_profile import TileProfile, fastest
 from streamcnn.profiling.timeline import BETWEEN, GLOBAL_VALUES, TAIL, Timeline
@@ -158,8 +158,7 @@ def _against_tile_size(profiles: Sequence[TileProfile], title: str) -> tuple[Any
 
 def _bytes_axis(axes: Any, top: int) -> None:
     axes.set_ylim(0, top)
-    axes.set_yticks(range(0, top + 1, bytes_step(top)))
-    axes.yaxis.set_major_formatter(lambda nbytes, _: format_bytes(int(nbytes)) if nbytes else "0")
+    axes.set_yticks(*zip(*bytes_ticks(top), strict=True))
 
 
 def _points(profiles: Sequence[TileProfile], field: str) -> tuple[list[int], list[float]]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from streamcnn.profiling.tile_profile import TileProfile
+from streamcnn.support.units import format_bytes
 
 _REACH = 2.5
 """Values beyond this many times the relevant ones are clipped to the top of the chart."""
@@ -29,6 +30,12 @@ def bytes_step(top: int) -> int:
     """The step between ticks: a power of two of bytes, or three quarters of one, for 3 to 6 intervals."""
     step = 1 << max(0, (top // 3).bit_length() - 1)
     return step if top // step <= 5 else step * 3 // 2
+
+
+def bytes_ticks(top: int) -> list[tuple[int, str]]:
+    """The ticks from zero to ``top``, in bytes, with their labels."""
+    ticks = range(0, top + 1, bytes_step(top))
+    return [(tick, format_bytes(tick) if tick else "0") for tick in ticks]
 
 
 def seconds_step(top: float, most: int = 6) -> float:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from streamcnn.profiling.scales import bytes_step, seconds_ticks, with_room
+from streamcnn.profiling.scales import bytes_ticks, seconds_ticks, with_room
 from streamcnn.profiling.tile_profile import TileProfile
 from streamcnn.profiling.timeline import BETWEEN, GLOBAL_VALUES, TAIL, Span, Timeline
 from streamcnn.support.units import format_bytes
@@ -128,8 +128,8 @@ def _color(span: Span, deepest: int) -> str:
 
 def _grid(axes: _Axes) -> Iterator[str]:
     bottom = _HEIGHT - _BOTTOM
-    for nbytes in range(0, axes.top + 1, bytes_step(axes.top)):
-        y, label = axes.y(nbytes), format_bytes(nbytes) if nbytes else "0"
+    for nbytes, label in bytes_ticks(axes.top):
+        y = axes.y(nbytes)
         yield f'<line class="grid" x1="{_LEFT}" y1="{y:.1f}" x2="{_WIDTH - _RIGHT}" y2="{y:.1f}"/>'
         yield f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
     for moment in seconds_ticks(axes.end, 10):
