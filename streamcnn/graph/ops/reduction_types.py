@@ -15,12 +15,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad  # by itself, since the user may replace it there
 
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import Axes
-
-# Whatever the user puts in its place later.
-_PAD = torch.nn.functional.pad
 
 Partials = tuple[Tensor, ...]
 
@@ -299,7 +297,7 @@ class AlongOneAxis(Reduction):
         positions, extent = region[self.side], self.shape[self.kept]
         place = self.kept - sum(dim < self.kept for dim in self.dims)
         return tuple(
-            _PAD(
+            pad(
                 part,
                 (*(0, 0) * (part.dim() - 1 - place), positions.start, extent - positions.stop),
                 value=neutral,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate  # by itself, since the user may replace it there
 
 from streamcnn.geometry.axis_maps import AxisMap, Repeated, Sliding
 from streamcnn.graph.costs import NOTHING, Cost, declare

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import fold, unfold  # by themselves, since the user may replace them there
 
 from streamcnn.geometry.axis_maps import Sliding, Transposed
 from streamcnn.graph.costs import NOTHING, Cost, declare, elements
@@ -17,9 +18,6 @@ from streamcnn.graph.ops.rules import Call, NotStreamable, Pair, Sample, Tracer,
 from streamcnn.graph.program import Access, Ref
 
 aten = torch.ops.aten
-# Whatever the user puts in its place later.
-_FOLD = torch.nn.functional.fold
-_UNFOLD = torch.nn.functional.unfold
 
 
 @rule(aten.im2col.default)
@@ -89,7 +87,7 @@ def _num_blocks(size: Sequence[int], *windows: Pair) -> Pair:
 
 def blocks_of(x: Tensor, kernel: Pair, stride: Pair, dilation: Pair) -> Tensor:
     """The blocks of a window ``x`` (N, C, h, w) with zeros around it, as (N, C * kh * kw, rows, cols)."""
-    columns = _UNFOLD(x, kernel, dilation, 0, stride)
+    columns = unfold(x, kernel, dilation, 0, stride)
     return columns.reshape(*columns.shape[:2], *_num_blocks(x.shape[2:], kernel, stride, (0, 0), dilation))
 
 
@@ -99,7 +97,7 @@ def summed_blocks(x: Tensor, kernel: Pair, stride: Pair, dilation: Pair) -> Tens
         (extent - 1) * s + d * (k - 1) + 1
         for extent, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)
     )
-    return _FOLD(x.flatten(2), (height, width), kernel, dilation, 0, stride)
+    return fold(x.flatten(2), (height, width), kernel, dilation, 0, stride)
 
 
 declare(

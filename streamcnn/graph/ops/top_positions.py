@@ -8,12 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad  # by itself, since the user may replace it there
 
 from streamcnn.geometry.regions import Region
 from streamcnn.graph.ops.reduction_types import Partials, Selection, stacked
-
-# Whatever the user puts in its place later.
-_PAD = torch.nn.functional.pad
 
 MOST = 4096
 """Largest number of values; each tile returns as many."""
@@ -47,8 +45,8 @@ class TopPositions(Selection):
         # Entries that a small tile lacks come after all others.
         missing = (0, self.num_values - count)
         return self._ordered(
-            _PAD(flat.gather(-1, index).double(), missing, value=-math.inf),
-            _PAD(places, missing, value=self.nowhere),
+            pad(flat.gather(-1, index).double(), missing, value=-math.inf),
+            pad(places, missing, value=self.nowhere),
         )
 
     def merge(self, parts: Sequence[Partials]) -> Partials:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad  # by itself, since the user may replace it there
 
 from streamcnn.geometry.axis_maps import Adaptive
 from streamcnn.geometry.regions import Interval, Region
@@ -26,9 +27,6 @@ from streamcnn.graph.ops.reduction_types import (
     statistics_dtype,
 )
 from streamcnn.graph.ops.window_places import largest_in
-
-# Whatever the user puts in its place later.
-_PAD = torch.nn.functional.pad
 
 Windows = tuple[Adaptive, Adaptive]
 """The windows along rows and along columns, the map's last two axes."""
@@ -90,7 +88,7 @@ def _sums(x: Tensor, dim: int, windows: Adaptive, positions: Interval) -> Tensor
         parts = (part for _, part in _met(windows, positions))
         x = torch.stack([x.narrow(dim, part.start, part.size).sum(dim) for part in parts], dim)
     pads = (met.start, windows.count - met.stop)
-    return _PAD(x, pads if dim == -1 else (0, 0, *pads))
+    return pad(x, pads if dim == -1 else (0, 0, *pads))
 
 
 def _met(windows: Adaptive, positions: Interval) -> list[tuple[int, Interval]]:
