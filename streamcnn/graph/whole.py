@@ -47,10 +47,14 @@ class Whole:
 
 
 class OnlyResult:
-    """A call of a :class:`Whole` that returns its only result itself."""
+    """A call of a :class:`Whole` that returns its only result itself.
 
-    def __init__(self, whole: Whole) -> None:
+    On whole operands, its forward pass saves ``saved_bytes`` beside them.
+    """
+
+    def __init__(self, whole: Whole, saved_bytes: int = 0) -> None:
         self.whole = whole
+        self.saved_bytes = saved_bytes
         self.__name__ = whole.name
 
     def __call__(self, *args: Any) -> Any:

@@ -110,7 +110,7 @@ def _for_graph(planned: Planned, known: RawGraph, graph: RawGraph) -> Planned:
 
     def of_graph(target: Any) -> Any:
         if isinstance(target, OnlyResult):
-            return OnlyResult(targets[target.whole])
+            return OnlyResult(targets[target.whole], target.saved_bytes)
         return targets[target] if isinstance(target, Whole) else target
 
     nodes = {
