@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ from helpers import assert_streamed_equals_plain
 from operator_cases import SHAPE, TILE, WIDTH, by_name
 from torch import Tensor, nn
 from torch.autograd import Function
+
+from streamcnn import StreamingModel
 
 Backward = Callable[[Any, Tensor], Any]
 
@@ -219,3 +222,43 @@ def test_the_reason_names_the_operator() -> None:
     module = MIXING["the weights' gradient is clipped"]()
     found = assert_streamed_equals_plain(module, SHAPE, tile=TILE, resident=True)
     assert "not linear in the one that arrives: aten.clamp" in found.residents[0]
+
+
+class Exponential(Function):
+    """A Function that saves what it returns, and what it has computed on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        doubled = 2 * x
+        ctx.result = doubled.exp()
+        ctx.doubled = doubled
+        ctx.save_for_backward(x)
+        return ctx.result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradients[0] * ctx.result * (ctx.doubled / x)
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_what_tiles_save_is_gone_with_them(is_whole: bool) -> None:
+    """Without waiting for Python to look for reference cycles."""
+    mixing = function(lambda x: x - x.mean((2, 3), keepdim=True), _plain)
+    behind = Applied(mixing) if is_whole else Applied(LayerNorm, _channel(), _channel())
+    first = Applied(Exponential)
+    first.behind = nn.Conv2d(WIDTH, 3, 3)
+    model = StreamingModel(nn.Sequential(first, behind), tile=16)
+    model.resident_tail = False
+
+    def update() -> int:
+        model(torch.randn(1, 3, 60, 60)).sum().backward()
+        return sum(isinstance(each, Tensor) for each in gc.get_objects())
+
+    update()
+    gc.collect()
+    gc.disable()
+    try:
+        assert update() == update()
+    finally:
+        gc.enable()

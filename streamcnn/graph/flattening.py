@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.func_stretches import nesting, with_stretches_folded
 from streamcnn.graph.monkeypatches import is_replaced_method, under_its_own_name
+from streamcnn.graph.recorded_function import RecordedFunction
 from streamcnn.graph.schemas import names_a_collective
 from streamcnn.graph.whole import Whole, hook_set, outline_of, record_whole
 
@@ -196,6 +198,9 @@ def _bound(
             return bodies[0 if bool(predicate) else 1](*operands)
 
         return cond
+    if str(target) == "autograd_function_apply":
+        forward, backward = bodies
+        return partial(RecordedFunction.apply, (forward, backward), kwargs["non_differentiable_idx"])
 
     def run(*operands: Any) -> Any:
         remaining, given = iter(operands), iter(bodies)
