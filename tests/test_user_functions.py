@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 from helpers import assert_streamed_equals_plain
 from operator_cases import SHAPE, TILE, WIDTH, by_name
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.autograd import Function
 
 from streamcnn import StreamingModel
+from streamcnn.graph.recorded_function import RecordedFunction, num_results_wanted, with_first_results
 
 Backward = Callable[[Any, Tensor], Any]
 
@@ -46,9 +48,10 @@ class Applied(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.before(x)
+        weights = [self.weights[place] for place in range(len(self.weights))]
         if self.last:
-            return self.behind(self.made.apply(x.permute(0, 2, 3, 1), *self.weights).permute(0, 3, 1, 2))
-        return self.behind(self.made.apply(x, *self.weights))
+            return self.behind(self.made.apply(x.permute(0, 2, 3, 1), *weights).permute(0, 3, 1, 2))
+        return self.behind(self.made.apply(x, *weights))
 
 
 class LayerNorm(Function):
@@ -262,3 +265,27 @@ def test_what_tiles_save_is_gone_with_them(is_whole: bool) -> None:
         assert update() == update()
     finally:
         gc.enable()
+
+
+def test_results_that_nothing_reads_are_not_made() -> None:
+    """Dynamo of PyTorch 2.11 returns intermediate values as results, too."""
+
+    def forward(x: Tensor) -> Any:
+        doubled = 2 * x
+        return (doubled.exp(), doubled, x.sin()), (x, doubled)
+
+    def backward(first: Tensor, second: Tensor, third: Tensor, x: Tensor, doubled: Tensor) -> Any:
+        return (first * doubled + second * x,)
+
+    bodies = fx.symbolic_trace(forward), fx.symbolic_trace(backward)
+    outer = fx.Graph()
+    call = outer.call_function(RecordedFunction.apply, (outer.placeholder("x"),))
+    assert num_results_wanted(bodies, call) == 2  # the gradient of the second is read
+    outer.call_function(operator.getitem, (call, 2))
+    assert num_results_wanted(bodies, call) is None
+
+    x = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    results = RecordedFunction.apply(with_first_results(bodies, 2), [], x)
+    (gradient,) = torch.autograd.grad(sum(results).sum(), x)
+    assert len(results) == 2
+    torch.testing.assert_close(gradient, 2 * x + x)

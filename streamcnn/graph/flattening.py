@@ -28,7 +28,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.func_stretches import nesting, with_stretches_folded
 from streamcnn.graph.monkeypatches import is_replaced_method, under_its_own_name
-from streamcnn.graph.recorded_function import RecordedFunction
+from streamcnn.graph.recorded_function import RecordedFunction, num_results_wanted, with_first_results
 from streamcnn.graph.schemas import names_a_collective
 from streamcnn.graph.whole import Whole, hook_set, outline_of, record_whole
 
@@ -143,6 +143,8 @@ class Inliner(Interpreter):
         if any(names_a_collective(outline_of(body)) for body in bodies):
             raise CannotFlatten(f"{name}: processes meet in it, and not all that it does backward is in it")
         operands = tuple(arg for arg in args if not isinstance(arg, GraphModule))
+        if name == "autograd_function_apply":
+            return _function(bodies, kwargs["non_differentiable_idx"], operands, node)
         is_body = tuple(isinstance(arg, GraphModule) for arg in args)
         whole = Whole(name, _bound(target, is_body, bodies, kwargs), bodies)
         return record_whole(whole, operands, node.meta["example_value"])
@@ -185,6 +187,20 @@ def is_recomputed(node: FxNode) -> bool:
     return bool((node.meta.get("custom") or {}).get(RECOMPUTED))
 
 
+def _function(
+    bodies: tuple[GraphModule, ...], constant: Sequence[int], operands: tuple[Any, ...], node: FxNode
+) -> Any:
+    """Record a call of the user's ``autograd.Function``; of its results, ``constant`` have no gradient."""
+    forward, backward = bodies
+    pair, like = (forward, backward), node.meta["example_value"]
+    count = num_results_wanted(pair, node)
+    if count is not None:
+        pair, like = with_first_results(pair, count), like[:count]
+        constant = [index for index in constant if index < count]
+    whole = Whole("autograd_function_apply", partial(RecordedFunction.apply, pair, constant), pair)
+    return record_whole(whole, operands, like)
+
+
 def _bound(
     target: Callable[..., Any],
     is_body: tuple[bool, ...],
@@ -198,9 +214,6 @@ def _bound(
             return bodies[0 if bool(predicate) else 1](*operands)
 
         return cond
-    if str(target) == "autograd_function_apply":
-        forward, backward = bodies
-        return partial(RecordedFunction.apply, (forward, backward), kwargs["non_differentiable_idx"])
 
     def run(*operands: Any) -> Any:
         remaining, given = iter(operands), iter(bodies)

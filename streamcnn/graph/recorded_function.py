@@ -6,12 +6,14 @@ call has saved would stay in memory until Python looks for such cycles: of one t
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter
+from torch.fx import Graph, GraphModule, Interpreter
+from torch.fx import Node as FxNode
 
 
 class RecordedFunction(torch.autograd.Function):
@@ -44,3 +46,53 @@ class RecordedFunction(torch.autograd.Function):
             for is_known, value in zip(ctx.is_known, ctx.others, strict=True)
         ]
         return None, None, *Interpreter(ctx.body).run(*gradients, *saved)
+
+
+def num_results_wanted(bodies: tuple[GraphModule, GraphModule], call: FxNode) -> int | None:
+    """Of the first how many results the values or the gradients are read; None for all of them.
+
+    Before 2.13, Dynamo returned all intermediate values as further results, which would stay in memory.
+    """
+    results = _results_of(bodies[0])
+    if not isinstance(results, tuple) or any(user.target is not operator.getitem for user in call.users):
+        return None
+    gradients = _placeholders(bodies[1])[: len(results)]
+    asked = [_index(user) + 1 for user in call.users]
+    read = [place for place, gradient in enumerate(gradients, 1) if gradient.users]
+    count = max([1, *asked, *read])
+    return count if count < len(results) else None
+
+
+def with_first_results(
+    bodies: tuple[GraphModule, GraphModule], count: int
+) -> tuple[GraphModule, GraphModule]:
+    """Bodies that return the first ``count`` results alone, and take gradients of these."""
+    forward, backward = bodies
+    shorter = Graph()
+    results, saved = cast(Any, shorter.graph_copy(forward.graph, {}))
+    shorter.output((results[:count], saved))
+    unread = _placeholders(backward)[count : len(results)]
+    return GraphModule(forward, shorter), _without(backward, unread)
+
+
+def _results_of(forward: GraphModule) -> Any:
+    """The results that a forward body returns, before the values that it saves."""
+    results, _ = cast(Any, forward.graph.output_node().args[0])
+    return results
+
+
+def _placeholders(body: GraphModule) -> list[FxNode]:
+    return list(body.graph.find_nodes(op="placeholder"))
+
+
+def _index(getitem: FxNode) -> int:
+    return cast(int, getitem.args[1])
+
+
+def _without(body: GraphModule, unread: Sequence[FxNode]) -> GraphModule:
+    """A body that does not take placeholders which it does not read."""
+    shorter, copies = Graph(), dict[FxNode, FxNode]()
+    for node in body.graph.nodes:
+        if node not in unread:
+            copies[node] = shorter.node_copy(node, copies.__getitem__)
+    return GraphModule(body, shorter)
