@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from streamcnn.geometry.axis_maps import (
     Adaptive,
+    All,
     AxisMap,
     Broadcast,
     Gathered,
@@ -240,6 +241,12 @@ def test_windows_of_adaptive_pooling_that_read_positions(num_out: int, size: int
 
 @few
 @given(sizes)
+def test_all_positions(size: int) -> None:
+    assert_right(Case(All(size), lambda x: x.cumsum(3) + x.flip(3).cumsum(3).flip(3), size))
+
+
+@few
+@given(sizes)
 def test_positions_in_reverse(size: int) -> None:
     assert_right(Case(Reversed(size), lambda x: x.flip(3), size, lambda x: x.flip(3)))
 
@@ -422,7 +429,15 @@ def test_broadcast_position(size: int) -> None:
 
 @pytest.mark.parametrize(
     "axis_map",
-    [Sliding(), Transposed(1, 1, 0, 1), Repeated(1), Gathered((0,), (0,)), Adaptive(1, 1), Reversed(1)],
+    [
+        Sliding(),
+        Transposed(1, 1, 0, 1),
+        Repeated(1),
+        Gathered((0,), (0,)),
+        Adaptive(1, 1),
+        Reversed(1),
+        All(1),
+    ],
 )
 def test_what_may_move_positions_is_not_pointwise(axis_map: AxisMap) -> None:
     assert not axis_map.pointwise

@@ -240,9 +240,11 @@ def test_a_regrouping_gives_the_shape_and_keeps_space(before: list[int], data: s
 
 @st.composite
 def groupings(draw: st.DrawFn, before: list[int]) -> list[int]:
-    """Other shapes of as many elements: consecutive axes merged, and axes of one position put in."""
+    """Other shapes of as many elements: axes cut and merged, and axes of one position put in."""
     after: list[int] = []
-    for extent in before:
+    cuts = [draw(st.sampled_from([k for k in range(1, extent + 1) if extent % k == 0])) for extent in before]
+    parts = (part for whole, cut in zip(before, cuts, strict=True) for part in (whole // cut, cut))
+    for extent in parts:
         if after and draw(st.booleans()):
             after[-1] *= extent
         else:

@@ -93,6 +93,16 @@ class Broadcast(AxisMap):
 
 
 @dataclass(frozen=True, slots=True)
+class All(AxisMap):
+    """Every output position reads all positions of an input of ``size``."""
+
+    size: int
+
+    def bounds(self, start: Index, stop: Index) -> tuple[Index, Index]:
+        return 0 * start, 0 * stop + self.size
+
+
+@dataclass(frozen=True, slots=True)
 class Sliding(AxisMap):
     """A window that slides: convolution, pooling, a strided slice, constant padding."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -69,6 +70,11 @@ def regrouping(
             extents += before[first:i]
             runs.append(i - first)
         elif spatial and (len(spatial) > 1 or spatial[0] > first):
+            parts = _parts(before[first:i], after[start:k], [axis - first for axis in spatial])
+            if parts is not None:
+                extents += [extent for part in parts for extent in part]
+                runs += [len(part) for part in parts]
+                continue
             inner = math.prod(after[start + 1 : k])
             if spatial != [i - 1] or before[i - 1] % inner:
                 return None
@@ -79,6 +85,30 @@ def regrouping(
             extents += after[start:k]
             runs += [1] * (k - start)
     return tuple(extents), tuple(runs)
+
+
+def _parts(before: Sequence[int], after: Sequence[int], spatial: Sequence[int]) -> list[list[int]] | None:
+    """The extents of the parts of which each axis of ``after`` is made; None if axes in ``spatial`` are cut.
+
+    These are parts of ``before``, too: channels may be cut into heads, for example. What has no spatial axis
+    is one part.
+    """
+    sizes = sorted({math.prod(x[axis:]) for x in (before, after) for axis in range(len(x) + 1)}, reverse=True)
+    begins = {math.prod(before[axis:]) for axis in spatial}
+
+    def parts(shape: Sequence[int], axis: int) -> list[int] | None:
+        largest, least = math.prod(shape[axis:]), math.prod(shape[axis + 1 :])
+        pairs = list(itertools.pairwise(size for size in sizes if largest >= size >= least))
+        if any(outer % inner for outer, inner in pairs):
+            return None
+        cut = [outer // inner for outer, inner in pairs]
+        return cut if any(outer in begins for outer, _ in pairs) else [shape[axis]]
+
+    # An axis of one position is no part.
+    if any(before[axis] == 1 or parts(before, axis) != [before[axis]] for axis in spatial):
+        return None
+    found = [parts(after, axis) for axis in range(len(after))]
+    return None if None in found else found  # type: ignore[return-value]
 
 
 def _expand(tracer: FoldingTracer, value: Folded, after: tuple[int, ...]) -> Any:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils import _pytree as pytree
 
-from streamcnn.graph.ops import products, shape, sliding_blocks
+from streamcnn.graph.ops import images, normalization, products, shape, sliding_blocks
 from streamcnn.graph.ops.rules import Call, NotStreamable, Tracer, rule_for
 from streamcnn.graph.program import Ref
 
@@ -72,6 +72,9 @@ MERGING = (
     products.tensordot,
     products.attention,
     sliding_blocks.blocks,
+    # Of lines (H, C, W), as of a batch of one image.
+    images.along_one_axis,
+    normalization.batch_norm,
 )
 """Rules of operators of which translations stream some calls on plain maps that the rule refuses."""
 

@@ -5,6 +5,7 @@ It also exports what rules in other packages need: see ``docs/adding_an_operator
 
 from streamcnn.geometry.axis_maps import (
     Adaptive,
+    All,
     Broadcast,
     Gathered,
     Repeated,
@@ -43,6 +44,7 @@ __all__ = [
     "FAMILIES",
     "Access",
     "Adaptive",
+    "All",
     "Broadcast",
     "Call",
     "CallBytes",

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._pytree import tree_leaves
 
+from streamcnn.geometry.axis_maps import All, Broadcast, Same
 from streamcnn.graph.costs import FACTORS, Cost, Operand, Operation, Routine, Saves, counted, declare
 from streamcnn.graph.ops.reduction_types import ProductSum
-from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
+from streamcnn.graph.ops.rules import Call, NotStreamable, Pair, Sample, Tracer, rule
 from streamcnn.graph.ops.samples import chain
 from streamcnn.graph.program import Access, Axes, Ref
 
@@ -51,7 +52,34 @@ def einsum(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     if isinstance(named, NotStreamable):
         return named
     *terms, result = named
-    return _product(tracer, call, list(zip(refs, terms, strict=True)), result)
+    operands = list(zip(refs, terms, strict=True))
+    maps = [pair for pair in operands if tracer.axes(pair[0]) is not None]
+    placed = _placed(tracer, call, maps, result)
+    if isinstance(placed, NotStreamable):
+        return placed
+    rows, cols = (result[axis] for axis in placed[0])
+    lifted = [_with_positions(tracer, *pair, rows, cols) for pair in operands]
+    if lifted != operands:
+        equation = f"{','.join(term for _, term in lifted)}->{result}"
+        call = Call(call.target, (equation, [ref for ref, _ in lifted]), {})
+    return _product(tracer, call, lifted, result)
+
+
+def _with_positions(tracer: Tracer, ref: Ref, term: str, rows: str, cols: str) -> tuple[Ref, str]:
+    """A global operand of ``einsum`` as a map if it has an axis of positions, as a table of distances has.
+
+    ``rows`` and ``cols`` are their letters. One that it lacks is put in front, with one position.
+    """
+    extents = dict(zip(term, tracer.spec(ref).shape, strict=True))
+    has_positions = extents.get(rows, 1) > 1 or extents.get(cols, 1) > 1
+    if tracer.axes(ref) is not None or not has_positions or len(extents) < len(term):
+        return ref, term
+    lacking = [name for name in (rows, cols) if name not in term]
+    if lacking:
+        shape = (1,) * len(lacking) + tracer.spec(ref).shape
+        ref = tracer.global_value(torch.Tensor.reshape, ref, shape)
+        term = "".join(lacking) + term
+    return tracer.promote(ref, (term.index(rows), term.index(cols))), term
 
 
 @rule(aten.tensordot.default)
@@ -104,25 +132,23 @@ def _product(
     tracer: Tracer, call: Call, operands: Sequence[tuple[Ref, Labels]], result: Labels
 ) -> Ref | NotStreamable:
     """Record a call that sums over axes of ``operands`` that ``result`` lacks."""
-    axes = _axes_of_product(tracer, call, operands, result)
-    if isinstance(axes, NotStreamable):
-        return axes
-    accesses = {ref.name: Access() for ref, _ in operands if tracer.axes(ref) is not None}
+    placed = _placed(tracer, call, operands, result)
+    if isinstance(placed, NotStreamable):
+        return placed
+    axes, accesses = placed
     like = tracer.fake(call)
     return tracer.local(
         call.target, call.args, call.kwargs, like=like, axes=axes, accesses=accesses, heavy=True
     )
 
 
-def _axes_of_product(
+def _placed(
     tracer: Tracer, call: Call, operands: Sequence[tuple[Ref, Labels]], result: Labels
-) -> Axes | NotStreamable:
-    """The result's spatial axes, if all maps have the same names for theirs."""
+) -> tuple[Axes, dict[str, Access]] | NotStreamable:
+    """The result's spatial axes, which are those of one of the maps, and the accesses to all of them."""
     maps = [(ref, labels, axes) for ref, labels in operands if (axes := tracer.axes(ref)) is not None]
-    places = {(labels[rows], labels[cols]) for _, labels, (rows, cols) in maps}
-    if len(places) != 1:
-        return NotStreamable("its operands have their spatial axes at different places")
-    ((rows, cols),) = places
+    places = [(labels[rows], labels[cols]) for _, labels, (rows, cols) in maps]
+    rows, cols = next((place for place in places if set(place) <= set(result)), places[0])
     if any(labels.count(name) > 1 for _, labels in operands for name in (rows, cols)):
         return NotStreamable("it takes a diagonal of positions")
     if not {rows, cols} <= set(result):
@@ -131,12 +157,36 @@ def _axes_of_product(
     shape = tracer.fake(call).shape
     for ref, labels in operands:
         extents = dict(zip(labels, tracer.spec(ref).shape, strict=True))
-        wanted = (1, 1) if tracer.axes(ref) is None else tuple(shape[axis] for axis in axes)
-        if any(
-            extents.get(name, extent) != extent for name, extent in zip((rows, cols), wanted, strict=True)
-        ):
-            return NotStreamable("its operands have different positions")
-    return axes
+        is_map = tracer.axes(ref) is not None
+        for name, axis in zip((rows, cols), axes, strict=True):
+            if extents.get(name, 1) not in ((1, shape[axis]) if is_map else (1,)):
+                return NotStreamable("its operands have different positions")
+    accesses: dict[str, Access] = {}
+    for (ref, _, own), place in zip(maps, places, strict=True):
+        own_shape = tracer.spec(ref).shape
+        before, after = (own_shape[own[0]], own_shape[own[1]]), (shape[axes[0]], shape[axes[1]])
+        access = _along_one_axis(place, (rows, cols), before, after)
+        if access is None or accesses.setdefault(ref.name, access) != access:
+            return NotStreamable("its operands have their spatial axes at different places")
+    return axes, accesses
+
+
+def _along_one_axis(
+    place: tuple[str, str], wanted: tuple[str, str], before: Pair, after: Pair
+) -> Access | None:
+    """How a map is read whose rows and columns have the names ``place``, where the result's have ``wanted``.
+
+    If only its rows are the result's, each of them meets all of its columns, and likewise for columns; if
+    neither are, there is no such access. ``before`` and ``after`` are the extents of both.
+    """
+    has_rows, has_cols = place[0] == wanted[0], place[1] == wanted[1]
+    if not (has_rows or has_cols):
+        return None
+    rows, cols = (
+        All(own) if not is_same else Same() if own == extent else Broadcast()
+        for is_same, own, extent in zip((has_rows, has_cols), before, after, strict=True)
+    )
+    return Access(rows, cols)
 
 
 declare(
@@ -269,9 +319,43 @@ def _at_every_position(
     return tracer.local(target, operands, options, like=like, axes=axes, accesses=accesses, heavy=True)
 
 
+def attend_along(
+    tracer: Tracer, operands: tuple[Ref, Ref, Ref], run: int, scale: float | None
+) -> Ref | NotStreamable:
+    """Record attention among the tokens of each row or column, of maps (..., *tokens, K) of equal shapes.
+
+    One spatial axis is among the ``run`` axes of the tokens, which may have others; the other one is not.
+    """
+    query, key, value = operands
+    axes, shapes = tracer.axes(query), [tracer.spec(ref).shape for ref in operands]
+    tokens = range(len(shapes[0]) - 1 - run, len(shapes[0]) - 1)
+    if axes is None or sum(axis in tokens for axis in axes) != 1:
+        return NotStreamable("it mixes positions")
+    if any(tracer.axes(ref) != axes for ref in operands) or any(s[:-1] != shapes[0][:-1] for s in shapes):
+        return NotStreamable("its operands have their spatial axes at different places")
+    if query.name in (key.name, value.name):
+        return NotStreamable("its queries are its keys")
+    rows, cols = (All(shapes[0][axis]) if axis in tokens else Same() for axis in axes)
+    return tracer.local(
+        attention_along,
+        (*operands, run, scale),
+        like=tracer.fake(Call(attention_along, (*operands, run, scale), {})),
+        axes=axes,
+        accesses={key.name: Access(rows, cols), value.name: Access(rows, cols), query.name: Access()},
+        heavy=True,
+    )
+
+
+def attention_along(query: Tensor, key: Tensor, value: Tensor, run: int, scale: float | None) -> Tensor:
+    """Attention of queries (..., *tokens, K) to keys and values, each of ``run`` axes of tokens."""
+    flat = [x.flatten(-1 - run, -2) for x in (query, key, value)]
+    result = attend(*flat, is_causal=False, scale=scale)
+    return result.reshape(*query.shape[:-1], value.shape[-1])
+
+
 @rule(aten.scaled_dot_product_attention.default)
 def attention(tracer: Tracer, call: Call) -> Ref | NotStreamable:
-    """Attention among the tokens at each position, such as those of a window."""
+    """Attention among the tokens at each position, such as those of a window, or of each row or column."""
     query, key, value, mask, dropout, is_causal, scale, groups = call.bind(
         *("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     )
@@ -279,7 +363,10 @@ def attention(tracer: Tracer, call: Call) -> Ref | NotStreamable:
         return NotStreamable("it has dropout or groups queries")
     operands = (query, key, value) if mask is None else (query, key, value, mask)
     options = {"is_causal": is_causal, "scale": scale}
-    return _at_every_position(tracer, attend, operands, options, tracer.fake(call))
+    like = tracer.fake(call)
+    if mask is None and not is_causal and like.dim() - 2 in (tracer.axes(query) or ()):
+        return attend_along(tracer, (query, key, value), 1, scale)
+    return _at_every_position(tracer, attend, operands, options, like)
 
 
 def attend(
@@ -343,8 +430,9 @@ def attention_of_rows(
 
 def _attention_operations(operation: Operation) -> int:
     """Operations of the product of queries and keys, and of its product with the values."""
-    query, value = operation.args[0], operation.args[2 if operation.target is attend else 3]
-    queries, keys = int(math.prod(query.shape[:-1])), int(value.shape[-2])
+    query, value = operation.args[0], operation.args[3 if operation.target is attention_of_rows else 2]
+    run = operation.args[3] if operation.target is attention_along else 1
+    queries, keys = int(math.prod(query.shape[:-1])), int(math.prod(value.shape[-1 - run : -1]))
     return 2 * queries * keys * int(query.shape[-1] + value.shape[-1])
 
 
@@ -390,6 +478,7 @@ declare(
 )
 declare(
     attend,
+    attention_along,
     attention_of_rows,
     # Dense copies of the operands, and the result in another order of axes.
     cost=Cost(operations=_attention_operations, workspace=lambda nbytes: nbytes.operands + nbytes.result),
