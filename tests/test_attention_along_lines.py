@@ -181,8 +181,9 @@ class Axial(nn.Module):
 class Distances(nn.Module):
     """All positions, with a bias by the distance of rows and by that of columns (SAM, MViT)."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, fused: bool = False) -> None:
         super().__init__()
+        self.fused = fused
         self.qkv = nn.Linear(DIM, 3 * DIM)
         self.down, self.across = (
             nn.Parameter(torch.randn(extent, extent, DIM // HEADS)) for extent in SHAPE[2:]
@@ -193,10 +194,14 @@ class Distances(nn.Module):
         tokens = self.qkv(x.permute(0, 2, 3, 1)).reshape(n, h * w, 3, HEADS, c // HEADS)
         q, k, v = tokens.permute(2, 0, 3, 1, 4).reshape(3, n * HEADS, h * w, c // HEADS).unbind(0)
         queries = q.reshape(n * HEADS, h, w, c // HEADS)
-        scores = ((q * 0.3) @ k.transpose(-2, -1)).view(-1, h, w, h, w)
-        scores = scores + torch.einsum("bhwc,hkc->bhwk", queries, self.down)[..., None]
-        scores = scores + torch.einsum("bhwc,wkc->bhwk", queries, self.across)[:, :, :, None]
-        y = scores.view(-1, h * w, h * w).softmax(-1) @ v
+        bias = torch.einsum("bhwc,hkc->bhwk", queries, self.down)[..., None]
+        bias = bias + torch.einsum("bhwc,wkc->bhwk", queries, self.across)[:, :, :, None]
+        if self.fused:
+            heads = [each.view(n, HEADS, h * w, c // HEADS) for each in (q, k, v)]
+            y = F.scaled_dot_product_attention(*heads, bias.reshape(-1, HEADS, h * w, h * w))
+        else:
+            scores = ((q * 0.3) @ k.transpose(-2, -1)).view(-1, h, w, h, w) + bias
+            y = scores.view(-1, h * w, h * w).softmax(-1) @ v
         return x + y.view(n, HEADS, h, w, -1).permute(0, 1, 4, 2, 3).reshape(x.shape)
 
 
@@ -209,6 +214,7 @@ LINES: dict[str, Callable[[], nn.Module]] = {
     "rows and columns": CrissCross,
     "rows in 1-D layers": Axial,
     "all positions, with distances": Distances,
+    "all positions, with distances as a mask": lambda: Distances(fused=True),
     "stripes": Stripes,
     "stripes by products": lambda: Stripes(products),
     "a layer on rows": LayerOnRows,

@@ -319,9 +319,7 @@ RESIDENT = {
     "rows into channels last": lambda x: F.pixel_shuffle(x[:, :, 1:].permute(0, 2, 3, 1), 2),
     "channels last pooled": lambda x: F.adaptive_avg_pool2d(x.permute(0, 2, 3, 1), (3, 2)),
     "largest of channels last": lambda x: F.adaptive_max_pool2d(x.permute(0, 2, 3, 1), 1),
-    "batch norm of volumes": lambda x: F.batch_norm(volumes(x), None, None, training=True),
     "instance norm of volumes": lambda x: F.instance_norm(volumes(x)),
-    "group norm of volumes": lambda x: F.group_norm(volumes(x), 2),
     "layer norm of volumes": lambda x: F.layer_norm(volumes(x), volumes(x).shape[2:]),
     "row by row": lambda x: x[:, :, 3] * x[:, :, 5],
     "maximum of rows": lambda x: x.max(2)[0],
@@ -332,3 +330,14 @@ RESIDENT = {
 @by_name(RESIDENT)
 def test_resident_operator(case: Function) -> None:
     assert_streams(case, resident=True)
+
+
+VOLUMES: dict[str, Function] = {
+    "batch norm": lambda x: F.batch_norm(volumes(x), None, None, training=True),
+    "group norm": lambda x: F.group_norm(volumes(x), 2),
+}
+
+
+@by_name(VOLUMES)
+def test_norms_of_volumes(case: Function) -> None:
+    assert_streams(case)

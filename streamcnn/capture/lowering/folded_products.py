@@ -68,15 +68,26 @@ def _attention(tracer: FoldingTracer, call: Call) -> Any:
         return NotStreamable("it has dropout, is causal, or groups queries")
     if places[0] != -2:
         return _by_batch(tracer, call, (query, key, value), mask)
-    if isinstance(mask, Folded) or (mask is not None and tracer.axes(mask) is not None):
-        return NotStreamable("its mask is computed from maps")
     if mask is not None:
-        mask = _rows_apart(tracer, mask, query)
+        mask = _rows_of_mask(tracer, mask, query)
+    if isinstance(mask, NotStreamable):
+        return mask
     whole = (_whole(tracer, key), _whole(tracer, value))
     (scale,) = call.bind("scale")
     like = tracer.fake_seen(call)
     result = products.attend_by_rows(tracer, query.ref, query.span(-2), whole, mask, scale, like)
     return as_seen(tracer, result, (1,) * (like.dim() - 2) + (query.runs[-2], 1), like.shape)
+
+
+def _rows_of_mask(tracer: FoldingTracer, mask: Ref | Folded, query: Folded) -> Ref | NotStreamable:
+    """A mask whose rows are the queries' positions, as a map; see :func:`_rows_apart` for a global one."""
+    if isinstance(mask, Ref) and tracer.axes(mask) is None:
+        return _rows_apart(tracer, mask, query)
+    value = as_folded(tracer, mask)
+    has_rows = _place(tracer, value) == -2 and parts_of(tracer, value, -2) == parts_of(tracer, query, -2)
+    if not has_rows or any(run > 1 for run in (*value.runs[:-2], value.runs[-1])):
+        return NotStreamable("its mask is computed from maps with other positions")
+    return value.ref
 
 
 def _rows_apart(tracer: FoldingTracer, mask: Ref, query: Folded) -> Ref:

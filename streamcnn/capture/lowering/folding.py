@@ -72,9 +72,11 @@ MERGING = (
     products.tensordot,
     products.attention,
     sliding_blocks.blocks,
-    # Of lines (H, C, W), as of a batch of one image.
+    # Of lines (H, C, W), as those of a single image are, and of volumes.
     images.along_one_axis,
     normalization.batch_norm,
+    normalization.group_norm,
+    normalization.instance_norm,
 )
 """Rules of operators of which translations stream some calls on plain maps that the rule refuses."""
 
