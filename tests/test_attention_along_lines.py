@@ -208,6 +208,7 @@ class Distances(nn.Module):
 LINES: dict[str, Callable[[], nn.Module]] = {
     "rows": Rows,
     "columns": Columns,
+    "rows of keys that are the queries": lambda: Rows(lambda q, k, v: fused(q, q, v + k)),
     "columns by products": lambda: Columns(products),
     "rows with a bias": BiasedRows,
     "einsum": ByLetters,
@@ -255,11 +256,6 @@ class Causal(Rows):
         super().__init__(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
 
 
-class OwnKeys(Rows):
-    def __init__(self) -> None:
-        super().__init__(lambda q, k, v: F.scaled_dot_product_attention(q, q, v))
-
-
 class Turned(Rows):
     """Queries of rows, keys of columns, on a square map."""
 
@@ -267,7 +263,7 @@ class Turned(Rows):
         return x + torch.einsum("nchw,ncwv->nchv", x, x.sin())
 
 
-@pytest.mark.parametrize("kind", [Causal, OwnKeys, Turned])
+@pytest.mark.parametrize("kind", [Causal, Turned])
 def test_what_is_not_streamed_is_exact(kind: type[Rows]) -> None:
     torch.manual_seed(0)
     assert_streamed_equals_plain(network(kind()), (2, 3, 20, 20), tile=TILE, resident=True)

@@ -322,7 +322,6 @@ RESIDENT = {
     "instance norm of volumes": lambda x: F.instance_norm(volumes(x)),
     "layer norm of volumes": lambda x: F.layer_norm(volumes(x), volumes(x).shape[2:]),
     "row by row": lambda x: x[:, :, 3] * x[:, :, 5],
-    "maximum of rows": lambda x: x.max(2)[0],
     "cumulative sum of rows": lambda x: x.cumsum(2),
 }
 
@@ -341,3 +340,27 @@ VOLUMES: dict[str, Function] = {
 @by_name(VOLUMES)
 def test_norms_of_volumes(case: Function) -> None:
     assert_streams(case)
+
+
+LINES: dict[str, Function] = {
+    "largest of columns": lambda x: x.max(2)[0],
+    "largest of rows, smallest of columns": lambda x: (
+        x * x.max(3, keepdim=True)[0] + x.min(2, keepdim=True)[0]
+    ),
+    "largest of equal values": lambda x: x.relu() + x.relu().max(-1, keepdim=True).values,
+    "places": lambda x: x * x.argmax(2, keepdim=True).sin() + x.min(3, keepdim=True).indices,
+    "places without axes": lambda x: x.argmin(-1)[..., None] * x,
+    "variance of rows": lambda x: x * x.var(3, keepdim=True),
+    "deviation of columns": lambda x: x * x.std(2)[:, :, None],
+    "of columns and channels": lambda x: x + x.var((1, 2), keepdim=True, unbiased=False),
+    "mean and variance": lambda x: sum(torch.var_mean(x, 2, keepdim=True)) * x,
+}
+
+
+@by_name(LINES)
+def test_statistics_of_lines(case: Function) -> None:
+    assert_streams(case)
+
+
+def test_the_largest_of_a_line_of_whole_numbers_is_found_on_the_whole_map() -> None:
+    assert_streams(lambda x: x * (x * 100).long().max(2, keepdim=True)[0], resident=True)

@@ -17,6 +17,7 @@ _ON_SMALL_MAPS = "apply it to pooled features, or behind the last strided layer,
 _IN_TWO_STEPS = "pool to a fixed size first, as AdaptiveAvgPool2d(1) does, and then change the shape"
 _ON_MAPS = "apply it to maps (N, C, H, W), or to pooled features"
 _BY_A_CONVOLUTION = "replace it by a convolution, which looks as far as its kernel"
+_BY_POSITION = "let it treat every position alike, linearly in the gradient (docs/capture.md)"
 _BY_A_RULE = "write a rule for it (docs/adding_an_operator.md), or use operators that have one"
 
 REMEDIES = {
@@ -26,7 +27,11 @@ REMEDIES = {
     "it has no rule": _BY_A_RULE,
     "it has dropout": "switch dropout off there, or apply it to what comes out",
     "it has one position": "leave it so: a map of one position is small",
-    "it is carried out as a whole": "make it pointwise and linear in the gradient (docs/capture.md)",
+    "it is carried out as a whole": _BY_POSITION,
+    "it does not treat every position alike": _BY_POSITION,
+    "it has several results": "let it return one tensor",
+    "it takes other operands than tensors": "give it tensors alone",
+    "its code reads values": "let no branch of it depend on the values of a map",
     "it is not applied to a map of shape (N, C, H, W)": "bring the map to (N, C, H, W) before it",
     "it shuffles rows or columns": "bring the map to (N, C, H, W) before it",
     "its rows and columns are not those of the map": "bring the map to (N, C, H, W) before it",
@@ -53,7 +58,6 @@ REMEDIES = {
     "it takes a diagonal of positions": _ON_SMALL_MAPS,
     "it takes rows or columns": "take a slice with a step, or apply it to pooled features",
     "which entries it takes depends on the position": _ON_SMALL_MAPS,
-    "it reduces one of the two spatial axes": "reduce both at once, as x.mean((2, 3)) does",
     "it converts to another dtype while reducing": "convert first, and reduce without dtype=",
     "norms with dtype= or of order": "convert first, and take a norm of order 1 or more",
     "it returns several tensors per position": _ON_SMALL_MAPS,

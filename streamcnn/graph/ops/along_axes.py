@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from streamcnn.geometry.axis_maps import Adaptive
 from streamcnn.graph.costs import INDEX_BYTES, NOTHING, RESULT, Cost, Operation, Saves, declare
@@ -65,9 +66,11 @@ def along_axis(tracer: Tracer, call: Call) -> Any:
         return NotStreamable("its operands have their spatial axes at different places")
     if call.target in EXPONENTIAL and any(dim % len(shape) in axes for dim in dims):
         return exponential(tracer, call.target, ref, dims, tracer.fake(call))
+    likes = tracer.fake(call)
+    if call.target in SELECTING and len(dims) == 1 and dims[0] % len(shape) in axes:
+        return _selected_along(tracer, call.target, ref, dims[0] % len(shape), pytree.tree_leaves(likes))
     if not dims or any(dim % len(shape) in axes for dim in dims):
         return NotStreamable("it runs along a spatial axis")
-    likes = tracer.fake(call)
     if isinstance(likes, Tensor):
         return per_position(tracer, call, ref, dropped=dims)
     parts = (Call(result_of, (call.target, index, *call.args), call.kwargs) for index in range(len(likes)))
@@ -128,6 +131,33 @@ def selected(tracer: Tracer, target: object, ref: Ref, likes: Sequence[Tensor]) 
     return tuple(tracer.global_value(aten.reshape.default, part, tuple(like.shape)) for part, like in parts)
 
 
+def _selected_along(
+    tracer: Tracer, target: object, ref: Ref, dim: int, likes: Sequence[Tensor]
+) -> tuple[Ref, ...] | Ref | NotStreamable:
+    """The largest or smallest value along one spatial axis of a map (..., H, W), as :func:`selected`."""
+    axes, spec = tracer.axes(ref), tracer.spec(ref)
+    ndim = len(spec.shape)
+    if axes != (ndim - 2, ndim - 1) or spec.dtype in (torch.bool, torch.int64):
+        return NotStreamable("it runs along a spatial axis")
+    height, width = spec.shape[-2:]
+    rows, cols = (1, width) if dim == axes[0] else (height, 1)
+    windows = (Adaptive(height, rows), Adaptive(width, cols))
+    found = _of_sign(
+        tracer, ref, WindowMaxima(spec.shape, axes, True, windows), largest=SELECTING[target] > 0
+    )
+    along = tracer.global_value(place_along, found[1], width, dim == axes[0])
+    parts = zip((found[0], along)[-len(likes) :], likes, strict=True)
+    results = tuple(
+        tracer.global_value(aten.reshape.default, part, tuple(like.shape)) for part, like in parts
+    )
+    return results if len(likes) > 1 else results[0]
+
+
+def place_along(places: Tensor, width: int, is_row: bool) -> Tensor:
+    """The row or the column of each index in row order, in a map of ``width`` columns."""
+    return places // width if is_row else places % width
+
+
 def top_values(tracer: Tracer, ref: Ref, count: int, largest: bool) -> tuple[Ref, Ref]:
     """The largest or smallest values (..., count) over all positions (..., H, W), and their indices."""
     axes = tracer.axes(ref)
@@ -153,7 +183,7 @@ def rounded_as(value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Ten
     return value.to(dtype).reshape(shape)
 
 
-declare(offset, cost=Cost(saves=NOTHING, detaches=True))
+declare(offset, place_along, cost=Cost(saves=NOTHING, detaches=True))
 
 
 def _is_apart(tracer: Tracer, ref: Ref, other: Ref) -> bool:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from streamcnn.geometry.axis_maps import All, Broadcast, Same
 from streamcnn.graph.costs import FACTORS, Cost, Operand, Operation, Routine, Saves, counted, declare
+from streamcnn.graph.ops.pointwise import pointwise
 from streamcnn.graph.ops.reduction_types import ProductSum
 from streamcnn.graph.ops.rules import Call, NotStreamable, Pair, Sample, Tracer, rule
 from streamcnn.graph.ops.samples import chain
@@ -334,12 +335,13 @@ def attend_along(
     if any(tracer.axes(ref) != axes for ref in operands) or any(s[:-1] != shapes[0][:-1] for s in shapes):
         return NotStreamable("its operands have their spatial axes at different places")
     if query.name in (key.name, value.name):
-        return NotStreamable("its queries are its keys")
+        # A map is read in one way by each operator.
+        query = pointwise(tracer, Call(aten.alias.default, (query,), {}))
     rows, cols = (All(shapes[0][axis]) if axis in tokens else Same() for axis in axes)
     return tracer.local(
         attention_along,
-        (*operands, run, scale),
-        like=tracer.fake(Call(attention_along, (*operands, run, scale), {})),
+        (query, key, value, run, scale),
+        like=tracer.fake(Call(attention_along, (query, key, value, run, scale), {})),
         axes=axes,
         accesses={key.name: Access(rows, cols), value.name: Access(rows, cols), query.name: Access()},
         heavy=True,

@@ -11,8 +11,15 @@ from torch import Tensor, nn
 
 from streamcnn.graph.costs import NOTHING, Cost, declare
 from streamcnn.graph.ops.moments import Moments
-from streamcnn.graph.ops.pointwise import per_position, pointwise
-from streamcnn.graph.ops.reduction_types import AlongOneAxis, Extremum, Placeable, Sum, VectorNorm
+from streamcnn.graph.ops.pointwise import cast, per_position, pointwise
+from streamcnn.graph.ops.reduction_types import (
+    AlongOneAxis,
+    Extremum,
+    Placeable,
+    Sum,
+    VectorNorm,
+    statistics_dtype,
+)
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
 from streamcnn.graph.ops.samples import chain
 from streamcnn.graph.program import Ref
@@ -175,7 +182,7 @@ def vector_norm(tracer: Tracer, call: Call) -> Any:
     aten.std_mean.default,
 )
 def variance(tracer: Tracer, call: Call) -> Any:
-    """Variance or standard deviation, with the mean if asked for, over both spatial axes."""
+    """Variance or standard deviation, with the mean if asked for, over spatial axes and any others."""
     name = str(call.target)
     dims = None if name.endswith("default") else call.bind("dim")[0]
     keepdim = False if name.endswith("default") else call.bind("keepdim")[0]
@@ -185,19 +192,30 @@ def variance(tracer: Tracer, call: Call) -> Any:
         return per_position(tracer, call, call.args[0], dropped=dims)
     if chosen is None:
         return NotStreamable("it returns several tensors per position")
-    if not set(tracer.axes(call.args[0]) or ()) <= set(chosen):
-        return NotStreamable("it reduces one of the two spatial axes")
-    moments = Moments(tracer.spec(call.args[0]).shape, chosen, keepdim)
-    mean, biased = tracer.reduce(moments, call.args[0])
-    result = tracer.global_value(
-        torch.mul, biased, moments.count / max(moments.count - _correction(call, name), 0)
-    )
+    shape = tracer.spec(call.args[0]).shape
+    if set(tracer.axes(call.args[0]) or ()) <= set(chosen):
+        mean, biased = tracer.reduce(Moments(shape, chosen, keepdim), call.args[0])
+    else:
+        mean, biased = _moments_of_lines(tracer, call.args[0], chosen, keepdim)
+    count = math.prod(shape[dim] for dim in chosen)
+    result = tracer.global_value(torch.mul, biased, count / max(count - _correction(call, name), 0))
     if "std" in name:
         result = tracer.global_value(deviation, result)
     likes = tracer.fake(call)
     if "_mean" not in name:
         return _rounded(tracer, result, likes)
     return tuple(_rounded(tracer, *each) for each in zip((result, mean), likes, strict=True))
+
+
+def _moments_of_lines(tracer: Tracer, ref: Ref, dims: tuple[int, ...], keepdim: bool) -> tuple[Ref, Ref]:
+    """The mean and the mean square deviation over axes of which one is spatial."""
+    x = cast(tracer, ref, statistics_dtype(tracer.spec(ref).dtype))
+    mean = mean_or_sum(tracer, Call(aten.mean.dim, (x, dims, True), {}))
+    deviations = pointwise(tracer, Call(aten.sub.Tensor, (x, mean), {}))
+    squares = pointwise(tracer, Call(aten.square.default, (deviations,), {}))
+    biased = mean_or_sum(tracer, Call(aten.mean.dim, (squares, dims, keepdim), {}))
+    kept = tracer.spec(biased).shape
+    return tracer.global_value(aten.reshape.default, mean, kept), biased
 
 
 def _rounded(tracer: Tracer, ref: Ref, like: Tensor) -> Ref:

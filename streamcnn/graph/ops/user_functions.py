@@ -66,7 +66,7 @@ def user_function(tracer: Tracer, call: Call) -> Any:
     try:
         saved = bytes_saved(whole.bodies, values, result, like.device)
     except PositionsMixed as error:
-        return NotStreamable(str(error))
+        return NotStreamable(f"it does not treat every position alike: {error}")
     except (DataDependentOutputException, DynamicOutputShapeException):
         return NotStreamable("its code reads values")
     refs, accesses = [], {}
