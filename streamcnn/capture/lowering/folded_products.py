@@ -20,7 +20,7 @@ from streamcnn.capture.lowering.folding import (
     taken_apart,
     unfolded,
 )
-from streamcnn.graph.ops import products
+from streamcnn.graph.ops import attention, products
 from streamcnn.graph.ops.rules import Call, NotStreamable
 from streamcnn.graph.program import Ref
 
@@ -75,7 +75,7 @@ def _attention(tracer: FoldingTracer, call: Call) -> Any:
     whole = (_whole(tracer, key), _whole(tracer, value))
     (scale,) = call.bind("scale")
     like = tracer.fake_seen(call)
-    result = products.attend_by_rows(tracer, query.ref, query.span(-2), whole, mask, scale, like)
+    result = attention.attend_by_rows(tracer, query.ref, query.span(-2), whole, mask, scale, like)
     return as_seen(tracer, result, (1,) * (like.dim() - 2) + (query.runs[-2], 1), like.shape)
 
 
@@ -150,7 +150,7 @@ def _along_lines(
     if any(x.runs != query.runs for x in operands) or query.runs[-1] > 1 or call.bind("is_causal")[0]:
         return NotStreamable("it mixes positions")
     (scale,) = call.bind("scale")
-    result = products.attend_along(tracer, (query.ref, key.ref, value.ref), query.runs[-2], scale)
+    result = attention.attend_along(tracer, (query.ref, key.ref, value.ref), query.runs[-2], scale)
     return as_seen(tracer, result, query.runs, like.shape)
 
 
@@ -219,6 +219,6 @@ def _whole(tracer: FoldingTracer, value: Folded) -> Ref:
 TRANSLATIONS.update(
     {
         products.matrix_product: _product,
-        products.attention: _attention,
+        attention.attention: _attention,
     }
 )

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils import _pytree as pytree
 
-from streamcnn.graph.ops import images, normalization, products, shape, sliding_blocks
+from streamcnn.graph.ops import attention, images, normalization, products, shape, sliding_blocks
 from streamcnn.graph.ops.rules import Call, NotStreamable, Tracer, rule_for
 from streamcnn.graph.program import Ref
 
@@ -70,7 +70,7 @@ MERGING = (
     products.matrix_product,
     products.einsum,
     products.tensordot,
-    products.attention,
+    attention.attention,
     sliding_blocks.blocks,
     # Of lines (H, C, W), as those of a single image are, and of volumes.
     images.along_one_axis,

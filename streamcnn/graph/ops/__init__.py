@@ -18,6 +18,7 @@ from streamcnn.graph.costs import CallBytes, Cost, Operand, Operation, Routine, 
 from streamcnn.graph.ops import (
     adaptive_pooling,
     along_axes,
+    attention,
     convolution,
     dropout,
     images,
@@ -72,6 +73,7 @@ __all__ = [
 FAMILIES = (
     adaptive_pooling,
     along_axes,
+    attention,
     convolution,
     dropout,
     images,
