@@ -97,58 +97,22 @@ class Value:
         return tuple(extent + _OTHER_SIZE[role] for extent, role in zip(self.shape, self.roles, strict=True))
 
 
-def bytes_saved(
-    bodies: Sequence[GraphModule], operands: Sequence[Value], result: Value, device: torch.device
-) -> int:
-    """Bytes that the forward pass of a Function saves for whole maps, beside its operands.
+class Body:
+    """A body as a graph of ATen's operators, and what its values are if every position is treated alike.
 
     Parameters
     ----------
-    bodies
-        The forward pass, from the operands to results and saved values, and the backward pass, from the
-        gradient and the saved values to the operands' gradients.
-    operands, result
-        What the Function is given, and what it is to return.
+    body, inputs
+        The code, and what it is given.
+    rounded
+        Types to which gradients are rounded in any case.
     device
         Where it runs.
 
     Raises
     ------
     PositionsMixed
-        If it is not certain that both passes treat every position alike.
-    """
-    forward, backward = bodies
-    rounded = frozenset(operand.dtype for operand in operands)
-    first = _Body(forward, operands, rounded, device)
-    made, saved = first.results
-    (found,) = pytree.tree_leaves(made)
-    if found.roles != result.roles:
-        raise PositionsMixed("it moves positions")
-    arriving = replace(result, is_linear=True)
-    second = _Body(backward, [arriving, *saved], rounded, device)
-    for operand, gradient in zip(operands, second.results, strict=True):
-        if gradient is not None:
-            _require_gradient(gradient, operand)
-    _require_any_size(bodies, operands, first.results, second.results, device)
-    return sum(value.nbytes for value in saved if not any(value is operand for operand in operands))
-
-
-def _require_gradient(gradient: Value, operand: Value) -> None:
-    """Raise unless the gradients that tiles give for an operand add up to that of the whole operand."""
-    if not gradient.is_linear and not gradient.is_zero:
-        raise PositionsMixed("it gives a gradient that does not depend on the one that arrives")
-    shift = len(gradient.roles) - len(operand.roles)
-    # Autograd sums a gradient over axes along which its operand was broadcast.
-    for axis, role in enumerate(() if gradient.is_zero else operand.roles):
-        arrived = gradient.roles[axis + shift] if axis + shift >= 0 else None
-        if role != arrived and (role is not None or operand.shape[axis] != 1):
-            raise PositionsMixed("it gives a gradient for other positions")
-
-
-class _Body:
-    """A body as a graph of ATen's operators, and what its values are if every position is treated alike.
-
-    ``inputs`` are what it is given; ``rounded`` are the types to which gradients are rounded in any case.
+        If it is not certain that it treats every position alike.
     """
 
     def __init__(
@@ -161,7 +125,7 @@ class _Body:
         self._rounded = rounded
         self._values: dict[FxNode, Value] = {}
         given = iter(inputs)
-        traced = make_fx(Interpreter(body).run)(*_empty(inputs, device))
+        traced = make_fx(Interpreter(body).run)(*empty(inputs, device))
         self._overwrites = any(_overwrites(node.target) for node in traced.graph.nodes)
         for node in traced.graph.nodes:
             if node.op == "placeholder":
@@ -350,27 +314,6 @@ _MOVES: Mapping[str, Callable[[FxNode, Value], list[Role] | None]] = {
 """Views, with what runs along the axes of the result; None where positions do not stay what they are."""
 
 
-def _require_any_size(
-    bodies: Sequence[GraphModule],
-    operands: Sequence[Value],
-    made: Any,
-    gradients: Any,
-    device: torch.device,
-) -> None:
-    """Raise unless the bodies return what tiles need for maps of another size, too."""
-    try:
-        others = [replace(operand, shape=operand.other_size) for operand in operands]
-        results = Interpreter(bodies[0]).run(*_empty(others, device))
-        (arriving,) = pytree.tree_leaves(results[0])
-        found = Interpreter(bodies[1]).run(torch.empty_like(arriving), *results[1])
-    except RuntimeError as error:
-        raise PositionsMixed("it names the shape of a map") from error
-    expected = pytree.tree_leaves((made, gradients))
-    tensors = pytree.tree_leaves((results, found))
-    for value, tensor in zip(expected, tensors, strict=True):
-        if value is not None and tuple(tensor.shape) != value.other_size:
-            raise PositionsMixed("it names the shape of a map")
-
-
-def _empty(values: Sequence[Value], device: torch.device) -> list[Tensor]:
+def empty(values: Sequence[Value], device: torch.device) -> list[Tensor]:
+    """Tensors for values, without their elements."""
     return [torch.empty(value.shape, dtype=value.dtype, device=device) for value in values]

@@ -7,17 +7,19 @@ which this is not certain run on whole maps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.fx import GraphModule, Interpreter
 from torch.utils import _pytree as pytree
 
 from streamcnn.geometry.axis_maps import Broadcast, Same
 from streamcnn.graph.costs import Cost, Operation, Saves, declare
-from streamcnn.graph.ops.function_bodies import ROLES, PositionsMixed, Value, bytes_saved
+from streamcnn.graph.ops.function_bodies import ROLES, Body, PositionsMixed, Value, empty
 from streamcnn.graph.ops.pointwise import common_axes
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
 from streamcnn.graph.ops.samples import chain
@@ -64,7 +66,7 @@ def user_function(tracer: Tracer, call: Call) -> Any:
     values = [_value(tracer, ref, like, axes) for ref in call.args]
     result = Value.of_map(TensorSpec(tuple(like.shape), like.dtype), axes, extents)
     try:
-        saved = bytes_saved(whole.bodies, values, result, like.device)
+        saved = _bytes_saved(whole.bodies, values, result, like.device)
     except PositionsMixed as error:
         return NotStreamable(f"it does not treat every position alike: {error}")
     except (DataDependentOutputException, DynamicOutputShapeException):
@@ -96,6 +98,78 @@ def _access(value: Value) -> Access:
     """How tiles read a map: an axis of one position is broadcast."""
     rows, columns = (Same() if role in value.roles else Broadcast() for role in ROLES)
     return Access(rows, columns)
+
+
+def _bytes_saved(
+    bodies: Sequence[GraphModule], operands: Sequence[Value], result: Value, device: torch.device
+) -> int:
+    """Bytes that the forward pass of a Function saves for whole maps, beside its operands.
+
+    Parameters
+    ----------
+    bodies
+        The forward pass, from the operands to results and saved values, and the backward pass, from the
+        gradient and the saved values to the operands' gradients.
+    operands, result
+        What the Function is given, and what it is to return.
+    device
+        Where it runs.
+
+    Raises
+    ------
+    PositionsMixed
+        If it is not certain that both passes treat every position alike.
+    """
+    forward, backward = bodies
+    rounded = frozenset(operand.dtype for operand in operands)
+    first = Body(forward, operands, rounded, device)
+    made, saved = first.results
+    (found,) = pytree.tree_leaves(made)
+    if found.roles != result.roles:
+        raise PositionsMixed("it moves positions")
+    if None in saved:
+        raise PositionsMixed("it saves what is no tensor")
+    arriving = replace(result, is_linear=True)
+    second = Body(backward, [arriving, *saved], rounded, device)
+    for operand, gradient in zip(operands, second.results, strict=True):
+        if gradient is not None:
+            _require_gradient(gradient, operand)
+    _require_any_size(bodies, operands, first.results, second.results, device)
+    return sum(value.nbytes for value in saved if not any(value is operand for operand in operands))
+
+
+def _require_gradient(gradient: Value, operand: Value) -> None:
+    """Raise unless the gradients that tiles give for an operand add up to that of the whole operand."""
+    if not gradient.is_linear and not gradient.is_zero:
+        raise PositionsMixed("it gives a gradient that does not depend on the one that arrives")
+    shift = len(gradient.roles) - len(operand.roles)
+    # Autograd sums a gradient over axes along which its operand was broadcast.
+    for axis, role in enumerate(() if gradient.is_zero else operand.roles):
+        arrived = gradient.roles[axis + shift] if axis + shift >= 0 else None
+        if role != arrived and (role is not None or operand.shape[axis] != 1):
+            raise PositionsMixed("it gives a gradient for other positions")
+
+
+def _require_any_size(
+    bodies: Sequence[GraphModule],
+    operands: Sequence[Value],
+    made: Any,
+    gradients: Any,
+    device: torch.device,
+) -> None:
+    """Raise unless the bodies return what tiles need for maps of another size, too."""
+    try:
+        others = [replace(operand, shape=operand.other_size) for operand in operands]
+        results = Interpreter(bodies[0]).run(*empty(others, device))
+        (arriving,) = pytree.tree_leaves(results[0])
+        found = Interpreter(bodies[1]).run(torch.empty_like(arriving), *results[1])
+    except RuntimeError as error:
+        raise PositionsMixed("it names the shape of a map") from error
+    expected = pytree.tree_leaves((made, gradients))
+    tensors = pytree.tree_leaves((results, found))
+    for value, tensor in zip(expected, tensors, strict=True):
+        if value is not None and tuple(tensor.shape) != value.other_size:
+            raise PositionsMixed("it names the shape of a map")
 
 
 class _Reversed(torch.autograd.Function):
