@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from streamcnn.stores import cuda_copies
+from streamcnn.stores import cuda_copies, pinned
 from streamcnn.stores.pinned import PinnedBlock
 
 
@@ -78,6 +80,16 @@ def test_a_forked_child_is_given_no_pages_of_pinned_memory() -> None:
         os._exit(int(block.memory[2**20]))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert block.memory.all()
+
+
+def test_memory_is_had_from_a_kernel_that_knows_no_large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mapping(mmap.mmap):
+        def madvise(self, *advice: int) -> None:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(pinned.mmap, "mmap", Mapping)
+    block = PinnedBlock(pinned.HUGE_PAGE_BYTES, lambda memory: lambda: None)
+    assert block.nbytes == pinned.HUGE_PAGE_BYTES
 
 
 def test_an_interrupt_leaves_the_stream_that_computes_current(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,11 +127,16 @@ def fresh_memory(nbytes: int, *, inherited: bool = True) -> Tensor:
         return torch.zeros(nbytes, dtype=torch.uint8)
     buffer = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE") and nbytes >= HUGE_PAGE_BYTES:
-        buffer.madvise(mmap.MADV_HUGEPAGE)
+        _advise(buffer, mmap.MADV_HUGEPAGE)
     if not inherited and sys.platform == "linux":
-        with suppress(OSError):
-            buffer.madvise(_WIPE_ON_FORK)
+        _advise(buffer, _WIPE_ON_FORK)
     return torch.frombuffer(buffer, dtype=torch.uint8, count=nbytes)
+
+
+def _advise(buffer: mmap.mmap, advice: int) -> None:
+    """Give the kernel advice on a mapping; one that was built without what is advised refuses it."""
+    with suppress(OSError):
+        buffer.madvise(advice)
 
 
 def shaped(memory: Tensor, shape: tuple[int, ...], dtype: torch.dtype, order: torch.memory_format) -> Tensor:
