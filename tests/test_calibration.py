@@ -264,6 +264,17 @@ def test_a_card_is_timed_while_it_computes_and_not_while_the_host_waits(
     assert rates._seconds(CPU, lambda: pass_time(10e-6)) == pytest.approx(10e-6)
 
 
+def test_what_a_card_loads_when_it_first_computes_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, loading = [0.0], iter([30.0])
+
+    def action() -> None:
+        clock[0] += next(loading, 1e-3)
+
+    monkeypatch.setattr(rates.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert rates._seconds(torch.device("cuda"), action, times=8) == pytest.approx(1e-3)
+
+
 def test_host_memory_beside_a_card_is_timed_as_maps_are_written() -> None:
     """Once, from the card to where they lie: what is written again goes by way of a buffer and the host."""
     transfers, spares = GpuTransfers(LateCopies()), SparePinned()

@@ -302,6 +302,10 @@ def _seconds(device: torch.device, action: Callable[[], object], *, times: int =
 
     The action is queued ``times`` times before waiting for the device.
     """
+    if device.type == "cuda":
+        # Libraries and kernels are loaded when they first run, which may take seconds.
+        action()
+        torch.cuda.synchronize(device)
     seconds = []
     for _ in range(_REPEATS + 1):
         start = time.perf_counter()
