@@ -160,6 +160,17 @@ def test_a_sum_that_overflows_is_no_corrupt_image() -> None:
     assert torch.equal(BatchReader(image, CPU).read(REGION), image[:, :, 2:9, 5:12])
 
 
+def test_on_a_gpu_such_a_sum_is_no_reason_to_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Region] = []
+    original = BatchReader.read_stored
+    monkeypatch.setattr(BatchReader, "read_stored", lambda *args: (read.append(args[1]), original(*args))[1])
+    reader = BatchReader(torch.full((1, 3, 11, 13), 60000.0, dtype=torch.float16), CPU)
+    reader._settles_later = True
+    reader.read(REGION)
+    reader.settle()
+    assert read == [REGION]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the ceiling needs Linux")
 def test_an_image_is_read_under_the_ceiling_alone() -> None:
     import resource

@@ -143,7 +143,9 @@ class BatchReader(SourceBatch):
         delivered = self.delivered(stored)
         tile = self._prepared(delivered)
         if self._settles_later:
-            self._sums.append((region, tile.sum()))
+            # In float32, since sums of large tiles exceed float16's range; a GPU makes no copy for that.
+            dtype = torch.float32 if tile.dtype == torch.float16 else tile.dtype
+            self._sums.append((region, tile.sum(dtype=dtype)))
         else:
             self._require_finite(tile, region)
         self._check_pointwise(delivered, tile, region)
