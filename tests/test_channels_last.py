@@ -9,6 +9,7 @@ import torch
 from helpers import assert_streamed_equals_plain, randomized
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
 from streamcnn import StreamingModel
 from streamcnn.execution import combiner
@@ -217,3 +218,15 @@ def test_moments_of_what_has_no_values_take_no_memory() -> None:
         count, mean, spread = reduction.partial(x, Region.whole(shape[2:]))
     assert mean.shape == spread.shape == (64,)
     assert float(count) == 1e10
+
+
+def test_maps_that_are_traced_are_not_given_to_a_cards_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's tensors have no memory, and neither have those in which AOTAutograd wraps them."""
+    x = torch.empty(1, 4, 8, 8).contiguous(memory_format=LAST)
+    for kind in (Tensor, FunctionalTensor):
+        monkeypatch.setattr(kind, "is_cuda", True)
+    assert channel_kernels.fits(x)
+    with FunctionalTensorMode():
+        assert not channel_kernels.fits(FunctionalTensor.to_functional(x))
+    with FakeTensorMode() as mode:
+        assert not channel_kernels.fits(mode.from_tensor(x))

@@ -19,11 +19,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from streamcnn.geometry.windows import dense, layout
 from streamcnn.graph.ops.activations import IDENTITY, RELU, Activation
-from streamcnn.graph.ops.constants import filled
+from streamcnn.graph.ops.constants import filled, is_traced
 
 VARIABLE = "STREAMCNN_TRITON"
 """The environment variable that selects ATen's kernels if it is ``0``."""
@@ -34,14 +33,14 @@ _MAX_ELEMENTS = 2**31
 def fits(x: Tensor) -> bool:
     """Whether the functions of this module can be called with ``x``."""
     is_suited = x.is_cuda and x.is_floating_point() and x.numel() < _MAX_ELEMENTS
-    return is_suited and is_channels_last(x) and not isinstance(x, FakeTensor)
+    return is_suited and is_channels_last(x) and not is_traced(x)
 
 
 def has_host_moments(x: Tensor) -> bool:
     """Whether :func:`moments` can be called with ``x`` although it is on a CPU."""
     is_suited = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and x.is_contiguous()
     # The kernel has no meta form: PyTorch would run it on as many zeros.
-    return is_suited and not isinstance(x, FakeTensor)
+    return is_suited and not is_traced(x)
 
 
 def is_channels_last(x: Tensor) -> bool:
