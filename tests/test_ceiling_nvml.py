@@ -35,6 +35,16 @@ class TestOrder:
         device = card(Process(OTHER, 7 * GB), Process(OWN, 3 * GB), used=11 * GB)
         assert read(device, idle=GB) == Reading(3 * GB, Source.OWN_PROCESS)
 
+    def test_no_more_is_asked_than_is_needed(self) -> None:
+        """Each answer takes time, in which a card that waits for the host has nothing to do."""
+        device = card(Process(OWN, 3 * GB), used=11 * GB)
+        fake = FakeNvml(device)
+        session = Nvml.open(fake)
+        assert session is not None
+        fake.calls.clear()
+        assert session.reading(device, idle=GB, at_least=0) is not None
+        assert fake.calls == ["nvmlDeviceGetComputeRunningProcesses"]
+
     def test_contexts_of_the_own_process_add_up(self) -> None:
         device = card(Process(OWN, 3 * GB, 1), Process(OTHER, GB), Process(OWN, 2 * GB, 2))
         assert read(device) == Reading(5 * GB, Source.OWN_PROCESS)

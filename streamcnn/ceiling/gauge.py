@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -116,12 +117,13 @@ class Gauge:
         """
         if self.reserved() > nbytes:
             self.empty_cache()
-        self._fractions.put(owner, min(1.0, max(0, nbytes) / self._total()))
+        self._fractions.put(owner, min(1.0, max(0, nbytes) / self._total))
 
     def uncap(self, owner: object) -> None:
         """Remove an owner's cap. Doing so again does nothing."""
         self._fractions.drop(owner)
 
+    @cached_property
     def _total(self) -> int:
         """Bytes of which the allocator takes its fraction: the larger of CUDA's two figures, to be safe."""
         return max(

@@ -147,17 +147,13 @@ class Nvml:
             Bytes that the process is known to hold. A smaller reading is another process's, which may have
             this one's number outside of a container.
         """
-        used = self.used(handle) if idle is not None else None
-        candidates = (
-            *self._process_readings(handle),
-            (Source.DEVICE_LESS_IDLE, None if used is None or idle is None else used - idle),
-        )
-        for source, nbytes in candidates:
+        for source, nbytes in self._readings(handle, idle):
             if nbytes is not None and nbytes > 0 and nbytes >= at_least:
                 return Reading(nbytes, source)
         return None
 
-    def _process_readings(self, handle: Any) -> Iterator[tuple[Source, int | None]]:
+    def _readings(self, handle: Any, idle: int | None) -> Iterator[tuple[Source, int | None]]:
+        """What each source says in turn, asked only as far as the answers are needed."""
         listed = self._ask(self._api.nvmlDeviceGetComputeRunningProcesses, handle) or []
         sizes: dict[int, list[int | None]] = {}
         unknown: list[int | None] = [None]
@@ -165,6 +161,8 @@ class Nvml:
             sizes.setdefault(process.pid, []).append(process.usedGpuMemory)
         yield Source.OWN_PROCESS, _sum(sizes.get(os.getpid(), unknown))
         yield Source.ONLY_PROCESS, _sum(next(iter(sizes.values())) if len(sizes) == 1 else unknown)
+        used = None if idle is None else self.used(handle)
+        yield Source.DEVICE_LESS_IDLE, None if used is None or idle is None else used - idle
 
     def _ask(self, call: Callable[..., Any], *arguments: Any) -> Any | None:
         """The answer, or None where NVML refuses it: not supported, not permitted, not found."""
