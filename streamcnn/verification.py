@@ -153,7 +153,8 @@ def rounding(
     """
     plain, _ = _without_dropout(net, dtype)
     image = _images(shape, seed, dtype)
-    digits = torch.randint(-1, 2, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    digits = torch.randint(-1, 2, shape, generator=generator, device="cpu").to(dtype)
     moved = image * (1 + digits * torch.finfo(dtype).eps)
     device = device_of(plain)
     with _comparing(device):
@@ -201,8 +202,9 @@ def _images(shape: tuple[int, int, int, int], seed: int, dtype: torch.dtype) -> 
     Otherwise their pooled vectors would be nearly the same, and a batch norm of these would magnify rounding
     instead of showing errors of the method.
     """
-    image = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-    step = torch.linspace(-1, 1, shape[0] + 2, dtype=dtype)[1:-1].view(-1, 1, 1, 1)
+    # On the host, whatever device is the user's default.
+    image = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype, device="cpu")
+    step = torch.linspace(-1, 1, shape[0] + 2, dtype=dtype, device="cpu")[1:-1].view(-1, 1, 1, 1)
     return image * (1 + step / 2) + step
 
 
@@ -213,7 +215,8 @@ def _everything(model: nn.Module, call: _Call, seed: int) -> dict[str, dict[str,
     generator = torch.Generator().manual_seed(seed + 1)
     trained = [out for out in outputs.values() if out.requires_grad]
     arriving = [
-        torch.randn(out.shape, generator=generator, dtype=out.dtype).to(out.device) for out in trained
+        torch.randn(out.shape, generator=generator, dtype=out.dtype, device="cpu").to(out.device)
+        for out in trained
     ]
     torch.autograd.backward(trained, arriving)
     gradients = {f"gradient of {name}": leaf.grad for name, leaf in _leaves(model, call).items()}

@@ -338,6 +338,13 @@ def test_the_random_state_is_put_back_after_an_error() -> None:
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
+def test_numbers_are_drawn_on_the_host_whatever_device_is_the_default() -> None:
+    net, shape = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), (2, 3, 29, 23)
+    expected = verify(net, shape, tile=12).errors, rounding(net, shape)
+    with torch.device("meta"):
+        assert (verify(net, shape, tile=12).errors, rounding(net, shape)) == expected
+
+
 def test_rounding_is_looked_at_where_the_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
     devices = []
 
