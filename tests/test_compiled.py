@@ -167,6 +167,30 @@ def test_another_threads_pass_may_meet_new_steps_meanwhile(monkeypatch: pytest.M
         meeting.join()
 
 
+def test_steps_are_recorded_on_one_thread(
+    compile_by: Callable[[Compile], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autograd has a thread for each GPU, which does not see all that a recorder sets for its own."""
+    on_others, make_fx = [], compiled_steps.make_fx
+
+    def noting(function: Callable[..., Any]) -> Any:
+        def noted(*given: Tensor) -> Any:
+            on_others.append(torch._C._is_multithreading_enabled())
+            return function(*given)
+
+        return make_fx(noted)
+
+    monkeypatch.setattr(compiled_steps, "make_fx", noting)
+    compile_by(traced)
+    model, _ = models(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).double(), tile=24)
+    model.resident_tail = False
+    for _ in range(2):
+        update(model, torch.randn(SHAPE, dtype=torch.float64))
+    assert on_others
+    assert not any(on_others)
+    assert torch._C._is_multithreading_enabled()
+
+
 def test_only_the_commonest_kinds_of_tiles_are_compiled(compile_by: Callable[[Compile], None]) -> None:
     met: list[int] = []
 

@@ -141,7 +141,8 @@ def _compiled(
 
     with FakeTensorMode(), torch.no_grad():
         empty = [each.empty() for each in inputs]
-        with autocast(device, casts, cache=False):
+        # Autograd would differentiate a GPU's operators on a thread of its own, out of the recorder's sight.
+        with autocast(device, casts, cache=False), torch.autograd.set_multithreading_enabled(False):
             graph = make_fx(run_step)(*empty)
         is_there = [output is not None for output in outputs]
         constants = _take_constants(graph)
