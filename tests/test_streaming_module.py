@@ -49,6 +49,34 @@ def test_state_dict_hooks_of_the_module_are_kept() -> None:
     assert "renamed" in StreamingModel(net).state_dict()
 
 
+def test_hooks_of_state_dicts_are_called_wherever_they_are_set() -> None:
+    def called(in_streamed: bool) -> list[tuple[str, type]]:
+        net, found = make_net(), list[tuple[str, type]]()
+        module = StreamingModel(net) if in_streamed else net
+        module.register_state_dict_pre_hook(lambda net, *_: found.append(("saves", type(net))))
+        module.register_state_dict_post_hook(lambda net, *_: found.append(("saved", type(net))))
+        module.register_load_state_dict_pre_hook(lambda net, *_: found.append(("loads", type(net))))
+        module.register_load_state_dict_post_hook(lambda net, _: found.append(("loaded", type(net))))
+        module.load_state_dict(module.state_dict())
+        del module
+        net.load_state_dict(net.state_dict())
+        return found
+
+    assert called(in_streamed=True) == called(in_streamed=False)
+
+
+def test_apply_reaches_the_net_itself() -> None:
+    seen = list[nn.Module]()
+    net = make_net()
+    parent = nn.ModuleList([StreamingModel(net)])
+    model = parent[0]
+    assert model.apply(seen.append) is model
+    assert seen[-1] is net
+    assert set(seen) == set(net.modules())
+    parent.apply(seen.append)
+    assert seen[-2:] == [net, parent]
+
+
 def test_inside_another_module() -> None:
     class Parent(nn.Module):
         def __init__(self, body: nn.Module) -> None:
@@ -321,6 +349,15 @@ class OfItsOwn(nn.Module):
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         return self.head.parameters(recurse)
 
+    def requires_grad_(self, requires_grad: bool = True) -> OfItsOwn:
+        self.body.requires_grad_(requires_grad)
+        return self
+
+    def eval(self) -> OfItsOwn:
+        super().eval()
+        self.body.train()
+        return self
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return {f"own.{key}": value for key, value in super().state_dict(*args, **kwargs).items()}
 
@@ -359,6 +396,12 @@ def test_methods_that_a_net_has_of_its_own_are_the_models() -> None:
     assert net.grid.dtype == torch.float32
     assert model.double() is model
     assert net.grid.dtype == torch.float64
+    assert model.requires_grad_(False) is model
+    assert net.head.weight.requires_grad
+    assert not net.body.weight.requires_grad
+    assert model.eval() is model
+    assert net.body.training
+    assert not net.training
 
 
 def test_a_preprocessing_module_is_no_part_of_the_net_and_moves_with_it() -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 _SHARED = (
     "_parameters",
@@ -14,6 +14,7 @@ _SHARED = (
     "_non_persistent_buffers_set",
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
 
@@ -81,6 +82,25 @@ class ModuleFacade(nn.Module):
         self.net.train(mode)
         return self
 
+    def eval(self) -> Self:
+        """Set eval mode, as the module's own ``eval`` does."""
+        self.net.eval()
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Freeze or release parameters, as the module's own ``requires_grad_`` does."""
+        self.net.requires_grad_(requires_grad)
+        return self
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset gradients by the module's own method."""
+        self.net.zero_grad(set_to_none)
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> Self:
+        """Call ``fn`` with every module within ``net``, and with ``net`` itself instead of this one."""
+        self.net.apply(fn)
+        return self
+
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move the module, or change its type, as its own ``to`` does."""
         self.net.to(*args, **kwargs)
@@ -98,6 +118,14 @@ class ModuleFacade(nn.Module):
         """The module's own parameters by name."""
         return self.net.named_parameters(*args, **kwargs)
 
+    def buffers(self, *args: Any, **kwargs: Any) -> Iterator[Tensor]:
+        """The module's own buffers."""
+        return self.net.buffers(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        """The module's own buffers by name."""
+        return self.net.named_buffers(*args, **kwargs)
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own state dict."""
         return self.net.state_dict(*args, **kwargs)
@@ -108,6 +136,10 @@ class ModuleFacade(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.net._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _register_load_state_dict_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
+        # The hook is called with the module that it is set on: the one that loads.
+        return self.net._register_load_state_dict_pre_hook(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.net._load_from_state_dict(*args, **kwargs)
