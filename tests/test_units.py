@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,6 +29,7 @@ from streamcnn.support.units import format_bytes, format_count, format_duration,
         ("  1.5 gib ", 3 * 2**29),
         ("2TIB", 2**41),
         ("1.1GB", 1_100_000_000),
+        (np.int64(5), 5),
         (None, None),
     ],
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from numbers import Integral
 
 _BYTES_PER_UNIT = {
     "": 1,
@@ -44,9 +45,9 @@ def parse_bytes(value: int | str | None) -> int | None:
     if value is None:
         return None
     # A bool in place of a size is a mistake, although to Python it is an int.
-    if isinstance(value, bool) or not isinstance(value, int | str):
+    if isinstance(value, bool) or not isinstance(value, Integral | str):
         raise _not_bytes(value)
-    nbytes = value if isinstance(value, int) else _parse_text(value)
+    nbytes = _parse_text(value) if isinstance(value, str) else int(value)
     if nbytes <= 0:
         raise _not_bytes(value)
     return nbytes
