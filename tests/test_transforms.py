@@ -41,7 +41,7 @@ def test_a_transform_is_refused(transform: Callable[[StreamingModel, Tensor], ob
     assert_unchanged(before, everything_of(model))
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
 def test_a_trace_is_refused() -> None:
     model = make_model().eval()
     with pytest.raises(UnsupportedModel, match=r"torch\.jit\.trace\(\)"):

@@ -50,6 +50,7 @@ from streamcnn.stores import MemoryStore, SpillFolder, ZarrStore
         ({"tile": (8, 8, 8)}, r"tile=\(8, 8, 8\): allowed"),
         ({"tile": 1.5}, r"tile=1.5: allowed"),
         ({"tile": True}, r"tile=True: allowed"),
+        ({"preprocess": "normalise"}, r"preprocess='normalise': allowed is a function of a tile"),
         ({"spill": "/no/such/folder"}, r"spill='/no/such/folder' is no folder: create it, or pass None"),
     ],
     ids=str,
@@ -81,6 +82,11 @@ def test_options_are_set_between_passes_as_they_are_given_at_first(tmp_path: Pat
 def test_a_net_that_is_no_module(net: Any) -> None:
     with pytest.raises(ValueError, match=r"net is .*: allowed is a torch.nn.Module"):
         StreamingModel(net)
+
+
+def test_a_net_without_values() -> None:
+    with pytest.raises(UnsupportedModel, match=r"on the meta device, .*load_state_dict\(assign=True\)"):
+        StreamingModel(make_net().to("meta"))(make_image())
 
 
 def test_a_spill_folder_that_has_gone(on_disk: None, tmp_path: Path) -> None:
@@ -137,7 +143,15 @@ def _with_pixel(value: float) -> Tensor:
         (
             make_image().float(),
             UnsupportedModel,
-            r"Input type \(float\) and .* \(double\) should be the same",
+            r"the image is of torch.float32, and the model's layer 0, Conv2d, of torch.float64. Convert "
+            r"the image, as image.to\(torch.float64\) or by preprocess=, or the model, as model.to",
+        ),
+        (make_image().to_sparse(), DatasetMismatch, r"image tensor is sparse_coo: allowed is a dense one"),
+        (make_image().to("meta"), DatasetMismatch, r"image tensor is on the meta device: .* with values"),
+        (
+            torch.nested.as_nested_tensor([*make_image()], layout=torch.jagged),
+            DatasetMismatch,
+            r"image tensor is nested: .* as .* torch.stack\(\) gives",
         ),
         ([make_image()[0]], TypeError, r"image 0 of the batch is a Tensor: .* wrap a tensor in TensorSource"),
         ([], DatasetMismatch, r"a batch of 0 images"),
@@ -184,8 +198,20 @@ def _shrinking(tile: Tensor) -> Tensor:
         (lambda tile: tile.sub_(1).double(), ValueError, r"preprocess= changed its tile in place"),
         (lambda tile: tile.clamp_(0, 200).double(), ValueError, r"preprocess= changed its tile in place"),
         (lambda tile: tile.double() / 0, CorruptImage, r"NaN or infinite"),
+        (lambda tile: tile.numpy(), DatasetMismatch, r"into a ndarray: .* that returns a tensor"),
+        (lambda tile: None, DatasetMismatch, r"into a NoneType: .* that returns a tensor"),
     ],
-    ids=["3-D", "batch", "size", "integer", "in place", "in place, but ones stay", "infinite"],
+    ids=[
+        "3-D",
+        "batch",
+        "size",
+        "integer",
+        "in place",
+        "in place, but ones stay",
+        "infinite",
+        "NumPy",
+        "none",
+    ],
 )
 def test_a_preprocess_that_cannot_be_used(preprocess: Any, error: type[Exception], text: str) -> None:
     model = make_model(preprocess=preprocess)

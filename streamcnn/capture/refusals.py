@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from streamcnn.capture.lines import is_users, shortened
 from streamcnn.errors import UnsupportedModel
+from streamcnn.graph.autocast import autocast_state
 from streamcnn.support.units import plural
 
 _ALLOWED = (
@@ -54,6 +55,7 @@ def refusal(net: nn.Module, image: Tensor, error: Exception) -> UnsupportedModel
     """The error to raise after ``error`` has ended the capture of ``net(image)``."""
     reason = (
         of_channels(net, image, error)
+        or _of_dtypes(net, image, error)
         or _of_observer(net, error)
         or f"{_reason(error)}{_line_of(error)}. {_advice(error)}"
     )
@@ -78,6 +80,22 @@ def of_channels(net: nn.Module, image: Tensor, error: Exception) -> str:
         f"the image has {plural(found, 'channel')}, and {named}, {kind}, takes {allowed}. Give "
         f"an image with {plural(allowed, 'channel')}, have preprocess= choose or make them, or make the "
         f"model for {found} (in_chans={found} of a model from timm)"
+    )
+
+
+def _of_dtypes(net: nn.Module, image: Tensor, error: Exception) -> str:
+    """The fault and the remedy, if a layer has another dtype than the image, which it was given or what was
+    computed from it; else an empty text."""
+    layer, given = next(reversed([*_calls(error)]), (net, image))
+    own = {parameter.dtype for parameter in layer.parameters(recurse=False)}
+    if len(own) != 1 or given.dtype != image.dtype or given.dtype in own or autocast_state(image.device):
+        return ""
+    (dtype,) = own
+    name = next((name for name, module in net.named_modules() if module is layer), "")
+    named = f"the model's layer {name}" if name else "the model"
+    return (
+        f"the image is of {image.dtype}, and {named}, {type(layer).__name__}, of {dtype}. Convert the image, "
+        f"as image.to({dtype}) or by preprocess=, or the model, as model.to({image.dtype})"
     )
 
 

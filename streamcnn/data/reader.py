@@ -119,6 +119,11 @@ class BatchReader(SourceBatch):
         shape = tile.shape
         if self._preprocess is not None:
             tile = self._preprocess(tile)
+        if not isinstance(tile, Tensor):
+            raise DatasetMismatch(
+                f"preprocess= turned a tile of shape {tuple(shape)} into a {type(tile).__name__}: allowed is "
+                "a function that returns a tensor"
+            )
         if tile.dim() != 4 or tile.shape[0] != shape[0] or tile.shape[2:] != shape[2:]:
             raise DatasetMismatch(
                 f"preprocess= turned a tile of shape {tuple(shape)} into {tuple(tile.shape)}: allowed is a "

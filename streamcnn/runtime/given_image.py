@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from numbers import Integral
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from streamcnn.capture.subclasses import has_own_functions
 from streamcnn.data.reader import Image
+from streamcnn.errors import DatasetMismatch, UnsupportedModel
 
 
 def image_by_name(net: nn.Module, kwargs: Mapping[str, Any]) -> tuple[Image, dict[str, Any]]:
@@ -26,6 +28,33 @@ def image_by_name(net: nn.Module, kwargs: Mapping[str, Any]) -> tuple[Image, dic
     if name not in kwargs:
         raise TypeError(f"the image is missing: pass it first, or by its name '{name}'")
     return kwargs[name], {key: value for key, value in kwargs.items() if key != name}
+
+
+def require_values(device: torch.device, image: Image) -> None:
+    """Check that the model's device holds values, and that regions of an image can be read.
+
+    Raises
+    ------
+    UnsupportedModel
+        If the model is on the meta device.
+    DatasetMismatch
+        If the image is a sparse, nested or quantized tensor, or on the meta device.
+    """
+    if device.type == "meta":
+        raise UnsupportedModel(
+            "the model is on the meta device, where parameters have no values: give it some first, by "
+            "to_empty() and an initialisation, or by load_state_dict(assign=True)"
+        )
+    if not isinstance(image, Tensor):
+        return
+    kinds = {"nested": image.is_nested, "quantized": image.is_quantized, "on the meta device": image.is_meta}
+    found = [kind for kind, is_so in kinds.items() if is_so]
+    if not found and image.layout is torch.strided:
+        return
+    raise DatasetMismatch(
+        f"image tensor is {found[0] if found else str(image.layout).removeprefix('torch.')}: allowed is a "
+        "dense one (N, C, H, W) with values, as to_dense(), dequantize() or torch.stack() gives"
+    )
 
 
 def is_image(image: tuple[int, int, int, int] | Image) -> TypeGuard[Image]:

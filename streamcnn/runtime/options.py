@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from streamcnn.data.reader import Preprocess
 from streamcnn.support.units import parse_bytes
 
 
@@ -32,7 +33,16 @@ def as_folder(spill: str | os.PathLike[str] | None) -> Path | None:
     return folder
 
 
+def as_preprocess(preprocess: Preprocess | None) -> Preprocess | None:
+    if preprocess is not None and not callable(preprocess):
+        raise ValueError(
+            f"preprocess={preprocess!r}: allowed is a function of a tile (N, C, h, w), such as "
+            "lambda tile: tile / 255"
+        )
+    return preprocess
+
+
 OPTIONS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
-    {"budget": parse_bytes, "tile": as_tile, "spill": as_folder}
+    {"budget": parse_bytes, "tile": as_tile, "spill": as_folder, "preprocess": as_preprocess}
 )
 """By name of an option: the function that converts it to its one form."""

@@ -37,7 +37,7 @@ from streamcnn.runtime.plan_run import PassOwner
 from streamcnn.runtime.smaller_plans import SmallerPlans
 from streamcnn.runtime.state_checks import as_before, refuse_changes_of_the_image, refuse_shared_memory
 from streamcnn.runtime.streamed_pass import Keep, Pass
-from streamcnn.runtime.transforms import refuse_tangents, refuse_transforms
+from streamcnn.runtime.transforms import refuse_tangents
 from streamcnn.stores import SpareFiles
 from streamcnn.support.interrupts import undoing
 
@@ -131,7 +131,6 @@ class Passes:
         keep: Keep | None,
     ) -> Any:
         """The result of a call for whole images; ``keep`` reads stored results and returns stand-ins."""
-        refuse_transforms()
         image_gradient = wants_gradient(image)
         if image_gradient and owner.preprocess is not None:
             raise ValueError(

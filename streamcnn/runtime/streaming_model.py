@@ -28,15 +28,16 @@ from streamcnn.plan.plan import Plan
 from streamcnn.plan.reading import NO_READING, BatchCost
 from streamcnn.planning.spec import Machine
 from streamcnn.runtime.arguments import Arguments
-from streamcnn.runtime.given_image import as_shape, image_by_name, is_image, like_image
+from streamcnn.runtime.given_image import as_shape, image_by_name, is_image, like_image, require_values
 from streamcnn.runtime.module_facade import ModuleFacade
-from streamcnn.runtime.options import OPTIONS, as_folder, as_tile
+from streamcnn.runtime.options import OPTIONS, as_folder, as_preprocess, as_tile
 from streamcnn.runtime.passes import ImageSpec, ModuleCall, Passes, wants_gradient
 from streamcnn.runtime.plan_cache import Planned, module_dtype
 from streamcnn.runtime.prediction import Key, MapWriter, Output, PredictionCalls, evaluating
 from streamcnn.runtime.report import Report
 from streamcnn.runtime.streamed_pass import Keep
 from streamcnn.runtime.target_errors import explaining
+from streamcnn.runtime.transforms import refuse_transforms
 from streamcnn.runtime.with_loss import Loss, LossCalls
 from streamcnn.stores import SpareFiles, SparePinned
 from streamcnn.support.units import format_bytes, parse_bytes
@@ -101,7 +102,7 @@ class StreamingModel(ModuleFacade):
         self.budget = parse_bytes(budget)
         self.tile = as_tile(tile)
         self.spill = as_folder(spill)
-        self.preprocess = preprocess
+        self.preprocess = as_preprocess(preprocess)
         self.compiles = compile
         self.last_report: Report | None = None
         self.observer: Observer | None = None
@@ -463,6 +464,9 @@ class StreamingModel(ModuleFacade):
 
         With ``keep``, results that are maps stay stored, and the stand-ins that it returns replace them.
         """
-        reader = BatchReader(image, self.computing_device(), self.preprocess)
+        refuse_transforms()
+        device = self.computing_device()
+        require_values(device, image)
+        reader = BatchReader(image, device, self.preprocess)
         call = ModuleCall(net, forward_pass, Arguments.of(args, kwargs, reader.device))
         return self._passes.run(self, call, image, reader, keep)
