@@ -151,8 +151,16 @@ def test_one_of_several_results_and_further_inputs(tmp_path: Path) -> None:
     torch.testing.assert_close(read(tmp_path / "map.tif"), whole)
     with pytest.raises(UnsupportedModel, match="key= says which"):
         model.predict_to(image, tmp_path / "other.tif", **more)
-    with pytest.raises(UnsupportedModel, match="result is none"):
+    with pytest.raises(UnsupportedModel, match=r"result has shape \(1, \d\): allowed is a map"):
         model.predict_to(image, tmp_path / "other.tif", key="mean", **more)
+    with pytest.raises(UnsupportedModel, match=r"is a dict, which has no key='logits': it has 'out', 'mean'"):
+        model.predict_to(image, tmp_path / "other.tif", key="logits", **more)
+
+
+def test_a_result_that_is_one_tensor_has_no_key(tmp_path: Path) -> None:
+    for key in ("out", 0):
+        with pytest.raises(UnsupportedModel, match=rf"one tensor, and key={key!r} is given: leave key= out"):
+            StreamingModel(make_net(), tile=32).predict_to(an_image((90, 80)), tmp_path / "map.tif", key=key)
 
 
 def test_a_result_of_an_operator_without_a_rule_is_written_too(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,9 +53,11 @@ class Predicting(nn.Module):
     def forward(self, image: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The map (N, C, H, W) to write for a whole image."""
         result = self.net(image, *args, **kwargs)
-        scores = result if self.key is None else result[self.key]
-        if not isinstance(scores, Tensor) or scores.dim() != 4:
+        scores = result if self.key is None else _at(result, self.key)
+        if not isinstance(scores, Tensor):
             raise _no_map("is one of several: key= says which" if self.key is None else "is none")
+        if scores.dim() != 4:
+            raise _no_map(f"has shape {tuple(scores.shape)}")
         if self.output == "values":
             return scores.to(self.dtype)
         if self.output == "classes":
@@ -66,6 +68,25 @@ class Predicting(nn.Module):
             raise UnsupportedModel("the softmax of the model's one channel is 1 everywhere: take sigmoid")
         chances = torch.softmax(scores, 1) if self.output == "softmax" else torch.sigmoid(scores)
         return (chances * _BYTES).round().to(torch.uint8)
+
+
+def _at(result: Any, key: str | int) -> Any:
+    """The part of a module's result under a key.
+
+    Raises
+    ------
+    UnsupportedModel
+        If there is none.
+    """
+    if isinstance(result, Tensor):
+        raise UnsupportedModel(f"the model's result is one tensor, and key={key!r} is given: leave key= out")
+    try:
+        return result[key]
+    except (KeyError, IndexError, TypeError) as error:
+        known = f": it has {', '.join(map(repr, result))}" if isinstance(result, Mapping) else ""
+        raise UnsupportedModel(
+            f"the model's result is a {type(result).__name__}, which has no key={key!r}{known}"
+        ) from error
 
 
 @dataclass(slots=True)
