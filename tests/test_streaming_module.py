@@ -77,6 +77,32 @@ def test_apply_reaches_the_net_itself() -> None:
     assert seen[-2:] == [net, parent]
 
 
+def test_the_net_may_be_another_one() -> None:
+    """As after ``model.net = convert_sync_batchnorm(model.net)``."""
+    model, image, tile = StreamingModel(make_net(1)), make_image(), 16
+    target = torch.zeros(len(image), dtype=torch.long)
+
+    def loss_of_model() -> Tensor:
+        return model.streamed_loss(image, target, nn.functional.cross_entropy)
+
+    loss_of_model()
+    other = make_net(2).append(nn.Linear(3, 4).double())
+    model.tile, model.net = tile, other
+    plain = copy.deepcopy(other)
+    assert dict(model.named_modules()) == {**dict(other.named_modules()), "": model}
+    assert len(model._modules) == len(other)
+    loss = loss_of_model()
+    assert error_of(loss, nn.functional.cross_entropy(plain(image), target)) <= TOLERANCE
+    for module in (model, plain):
+        loss_of(module(image)).backward()
+    assert_same_gradients(model, plain)
+    assert_same_states(model, plain)
+    model.net = other.eval()
+    assert not model.training
+    with pytest.raises(ValueError, match=r"allowed is a torch\.nn\.Module"):
+        model.net = None
+
+
 def test_inside_another_module() -> None:
     class Parent(nn.Module):
         def __init__(self, body: nn.Module) -> None:

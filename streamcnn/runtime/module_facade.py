@@ -36,6 +36,10 @@ class ModuleFacade(nn.Module):
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
+        self._stand_in_for(net)
+
+    def _stand_in_for(self, net: nn.Module) -> None:
+        """Be ``net`` from now on."""
         if not isinstance(net, nn.Module):
             raise ValueError(f"net is {net!r}: allowed is a torch.nn.Module")
         object.__setattr__(self, "net", net)
@@ -54,7 +58,9 @@ class ModuleFacade(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         net = self.__dict__.get("net")
-        if net is None or name in self.__dict__ or hasattr(type(self), name):
+        if name == "net":
+            self._stand_in_for(value)
+        elif net is None or name in self.__dict__ or hasattr(type(self), name):
             # Not as modules do: a module that is an option would be registered with ``net``.
             object.__setattr__(self, name, value)
         else:

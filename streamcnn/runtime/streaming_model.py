@@ -112,15 +112,24 @@ class StreamingModel(ModuleFacade):
         self._spare_files = SpareFiles()
         self.spare_pinned = SparePinned()
         """Host memory that passes on a GPU have left for the maps of the next one."""
-        self._passes = Passes()
-        self._call = ForwardPass()
-        self._losses = LossCalls()
-        self._predictions = PredictionCalls()
+        self._forget_captures()
         super().__init__(net)
         # Before the model is moved: once it is on a GPU, the GPU is not idle.
         record_idle_memory()
         if device is not None:
             self.to(device)
+
+    def _forget_captures(self) -> None:
+        """Begin without captured calls and plans."""
+        self._passes = Passes()
+        self._call = ForwardPass()
+        self._losses = LossCalls()
+        self._predictions = PredictionCalls()
+
+    def _stand_in_for(self, net: nn.Module) -> None:
+        super()._stand_in_for(net)
+        # A streamed loss's captured calls hold the net itself.
+        self._forget_captures()
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Options may be set between passes, in the same forms as in the constructor.
