@@ -172,6 +172,22 @@ def test_an_image_that_cannot_be_used(image: Any, error: type[Exception], text: 
     assert_unchanged(before, everything_of(model))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 3, bias=False), nn.Conv3d(3, 4, (1, 3, 3), bias=False)])
+def test_another_dtype_than_the_layers_without_a_bias(layer: nn.Module, dtype: torch.dtype) -> None:
+    """Norms take float32 weights for half precision; convolutions on tensors without values take all."""
+    image = make_image()
+    net = nn.Sequential(*[nn.Unflatten(1, (3, 1))] * isinstance(layer, nn.Conv3d), layer, nn.ReLU())
+    with pytest.raises(RuntimeError, match="expected scalar type"):
+        net(image.to(dtype))
+    for training in (True, False):
+        model = StreamingModel(net.train(training), tile=16)
+        with pytest.raises(UnsupportedModel, match=rf"tensors of {dtype} and torch.float32: allowed is one"):
+            model(image.to(dtype))
+    with torch.autocast("cpu"):
+        assert StreamingModel(net, tile=16)(image.float()).dtype == torch.bfloat16
+
+
 def test_a_zarr_array_of_wrong_rank(tmp_path: Path) -> None:
     zarr.create_array(tmp_path / "a.zarr", shape=(2, 3, 8, 8), dtype="u1")
     with pytest.raises(

@@ -14,8 +14,19 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from streamcnn.capture.capture import RawNode
+from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.autocast import as_recorded
 from streamcnn.graph.fakes import memory_of
+
+aten = torch.ops.aten
+_OF_ONE_DTYPE = frozenset(
+    {
+        *(aten.conv1d, aten.conv2d, aten.conv3d),
+        *(aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d),
+        *(aten.linear, aten.matmul, aten.mm, aten.mv, aten.bmm, aten.addmm, aten.baddbmm),
+    }
+)
+"""Operators whose operands have one dtype. Most of them do not check that on tensors without values."""
 
 
 class FakeCalls:
@@ -30,9 +41,15 @@ class FakeCalls:
         """A call's fake result, and the index of the tensor argument whose memory it shares; None if none.
 
         ``raw`` is the captured call, whose autocast block applies.
+
+        Raises
+        ------
+        UnsupportedModel
+            If the operands' dtypes differ where the operator does not allow it.
         """
 
         def call() -> tuple[Any, int | None]:
+            _refuse_several_dtypes(raw, target, (args, kwargs))
             result = target(*args, **kwargs)
             return result, _shares(result, (args, kwargs))
 
@@ -50,6 +67,23 @@ class FakeCalls:
         except TypeError:
             return make()
         return self._known[key]
+
+
+def _refuse_several_dtypes(raw: RawNode | None, target: Callable[..., Any], arguments: Any) -> None:
+    if not isinstance(target, OpOverload) or target.overloadpacket not in _OF_ONE_DTYPE:
+        return
+    if target._overloadname.startswith("dtype"):
+        # Their results have another dtype than the factors.
+        return
+    operands = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    dtypes = dict.fromkeys(each.dtype for each in operands)
+    if len(dtypes) == 1 or torch.is_autocast_enabled(operands[0].device.type):
+        return
+    where = f" in {raw.source}" if raw is not None and raw.source else ""
+    raise UnsupportedModel(
+        f"{target.overloadpacket}{where} is given tensors of {' and '.join(map(str, dtypes))}: allowed is "
+        "one dtype; convert the image, by image.to() or preprocess=, or the model, or use torch.autocast"
+    )
 
 
 def target_name(raw: RawNode | None) -> str:
