@@ -103,6 +103,15 @@ def test_the_net_may_be_another_one() -> None:
         model.net = None
 
 
+def test_backward_in_inference_mode() -> None:
+    model, plain = streamed_and_plain()
+    for module in (model, plain):
+        loss = loss_of(module(make_image()))
+        with torch.inference_mode():
+            loss.backward()
+    assert_same_gradients(model, plain)
+
+
 def test_inside_another_module() -> None:
     class Parent(nn.Module):
         def __init__(self, body: nn.Module) -> None:

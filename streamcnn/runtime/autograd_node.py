@@ -64,8 +64,13 @@ class Streamed(torch.autograd.Function):
                 f"{_changed(ctx.arrays, present)} was changed between forward and backward, which "
                 "reads it once more: leave it as it is until then, or give each pass a copy"
             )
-        arriving = {n: g for n, g in zip(run.output_names, grads, strict=True) if g is not None}
-        with saved_tensors_hooks_aside():
+        # Tiles are computed again, which autograd has to follow.
+        with saved_tensors_hooks_aside(), torch.inference_mode(False):
+            arriving = {
+                name: gradient.clone() if gradient.is_inference() else gradient
+                for name, gradient in zip(run.output_names, grads, strict=True)
+                if gradient is not None
+            }
             found = run.backward(arriving)
         image, current = run.current.program.image, run.current
         leaves = (*current.leaf_states, *((image,) if image in current.plan.differentiated else ()))
