@@ -11,6 +11,7 @@ from benchmarks.compatibility.cases import (
     captures,
     gradients,
     leftovers,
+    objects,
     operators,
     states,
     unfollowed,
@@ -30,5 +31,6 @@ def all_cases() -> list[Case]:
         around,
         states,
         unfollowed,
+        objects,
     )
     return [case for kind in kinds for case in kind.CASES]

@@ -512,6 +512,23 @@ def full_backward_pre_hook() -> nn.Module:
     return net
 
 
+@CASES(
+    "parameter.register_hook in forward, which removes the hook of the last pass",
+    passes(2),
+    expected="outside",
+)
+class HookOfLastPass(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.handle: Any = None
+
+    def middle(self, x: Tensor) -> Tensor:
+        if self.handle is not None:
+            self.handle.remove()
+        self.handle = self.head.weight.register_hook(lambda gradient: gradient * 0.5)
+        return x
+
+
 @CASES("parameter.register_hook", passes(2))
 def parameter_hook() -> nn.Module:
     net = Small()

@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import torch
 
+from streamcnn.capture.guarded.dynamo_objects import objects_as_they_are
 from streamcnn.capture.guarded.dynamo_slips import code_followed_as_it_runs
 from streamcnn.capture.guarded.presence import presence_guarded
 from streamcnn.capture.lines import TORCH_FOLDER
@@ -32,6 +33,7 @@ def dynamo_as_wanted() -> Iterator[None]:
         settings.enter_context(patch.dict(handlers, _plain_answers()))
         settings.enter_context(presence_guarded())
         settings.enter_context(code_followed_as_it_runs())
+        settings.enter_context(objects_as_they_are())
         # Dynamo would ignore them, the second one until PyTorch 2.11.
         for setting in ("set_materialize_grads", "mark_dirty"):
             settings.enter_context(_unfollowed(torch.autograd.function.FunctionCtx, setting))

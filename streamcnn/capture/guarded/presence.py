@@ -10,7 +10,7 @@ name gets one more guard.
 from __future__ import annotations
 
 import types
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -61,6 +61,8 @@ def _look_of(value: Any) -> Callable[[Any], Any] | None:
         return _has_entries
     if isinstance(value, types.MappingProxyType):
         return bool
+    if isinstance(value, deque):
+        return _limit
     if isinstance(value, _OTHERS) or _is_torchs(value):
         return None
     if type(getattr(value, "__dict__", None)) is not dict:
@@ -77,10 +79,10 @@ def _is_torchs(value: Any) -> bool:
 
 def _is_users(kind: type) -> bool:
     """Whether a class may change and is not checked elsewhere, as classes of modules are."""
-    return _is_made(kind) and not issubclass(kind, nn.Module)
+    return is_made(kind) and not issubclass(kind, nn.Module)
 
 
-def _is_made(kind: type) -> bool:
+def is_made(kind: type) -> bool:
     """Whether a class comes from a ``class`` statement that is not PyTorch's."""
     return bool(kind.__flags__ & _HEAP_TYPE) and str(kind.__module__).partition(".")[0] != torch.__name__
 
@@ -95,8 +97,12 @@ def _attributes_and_methods(value: Any) -> tuple[Any, ...]:
 
 def _methods(value: Any) -> tuple[Any, ...]:
     """Methods and properties of an object's class and its bases."""
-    members = chain.from_iterable(vars(kind).values() for kind in type(value).__mro__ if _is_made(kind))
+    members = chain.from_iterable(vars(kind).values() for kind in type(value).__mro__ if is_made(kind))
     return tuple(member for member in members if hasattr(type(member), "__get__"))
+
+
+def _limit(value: deque[Any]) -> int | None:
+    return value.maxlen
 
 
 def _has_entries(value: dict[Any, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import types
 import weakref
@@ -46,6 +47,8 @@ class Contents:
                     pending += _inner(value, contents)
             elif isinstance(value, tuple):
                 pending += value
+            elif isinstance(value, functools.partial):
+                pending += value.func, value.args, value.keywords, vars(value)
             elif isinstance(getattr(value, "__dict__", None), dict) and not isinstance(
                 value, self._no_helpers
             ):

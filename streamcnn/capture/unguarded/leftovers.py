@@ -150,6 +150,9 @@ class Snapshot:
         for _, _, attributes in self._modules:
             for value in attributes.values():
                 self._contents.keep(value)
+        for parameter in net.parameters():
+            for kind in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+                self._contents.keep(getattr(parameter, kind, None))
         for container in containers_in(arguments):
             self._contents.keep(container)
 

@@ -1,0 +1,130 @@
+"""Python objects that Dynamo takes for simpler ones: deques, generators, errors, and numbers of own classes.
+
+In PyTorch 2.13, Dynamo forgets the ``maxlen`` of a ``deque`` that the code reads, so that the code would see
+too many items, and append to it in vain. It never runs the ``finally`` blocks of a generator that the code
+leaves before its end, and runs one that is kept to its end at once. It makes the text of an error from its
+arguments, whatever the error's class says. It looks for a number in a list without asking the objects there
+whether they are equal, and takes an object of an ``int`` or ``str`` subclass for a plain one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from enum import Enum
+from typing import Any, NoReturn
+from unittest.mock import patch
+
+from streamcnn.capture.guarded.presence import is_made
+from streamcnn.graph.flattening import CannotFlatten
+
+_PLAIN = (int, float, complex, str, bytes)
+_END_OF_ITERATION = "CALL_INTRINSIC_1"
+"""The instruction to which all of a generator's code leads if it raises, also without a ``try``."""
+
+
+@contextmanager
+def objects_as_they_are() -> Iterator[None]:
+    """Make Dynamo treat such objects as Python does, or refuse them, for the block."""
+    from torch._dynamo.output_graph import OutputGraph
+    from torch._dynamo.variables import BuiltinVariable, builder, functions, lists
+
+    generators = functions.LocalGeneratorObjectVariable
+    made: list[Any] = []
+    with ExitStack() as patches:
+
+        def exchange(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
+            patches.enter_context(patch.object(owner, name, replacement))
+
+        exchange(builder.VariableBuilder, "__call__", _as_it_is(builder.VariableBuilder.__call__))
+        exchange(BuiltinVariable, "call_str", _by_its_class(BuiltinVariable.call_str))
+        exchange(generators, "__init__", _noted(generators.__init__, made))
+        exchange(generators, "reconstruct", _refuse_kept)
+        exchange(OutputGraph, "compile_subgraph", _with_generators_ended(OutputGraph.compile_subgraph, made))
+        exchange(lists, "iter_contains", _asking_objects(vars(lists)["iter_contains"]))
+        yield
+
+
+def _as_it_is(wrap: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the making of Dynamo's variable for a value: keep the limit of deques, refuse own numbers."""
+
+    def call(self: Any, value: Any) -> Any:
+        from torch._dynamo.variables import ConstantVariable
+        from torch._dynamo.variables.lists import DequeVariable
+
+        found = wrap(self, value)
+        if isinstance(value, deque) and isinstance(found, DequeVariable):
+            found.maxlen = ConstantVariable.create(value.maxlen)
+        if isinstance(value, _PLAIN) and not isinstance(value, Enum) and is_made(type(value)):
+            raise CannotFlatten(f"the forward pass reads a number or text of class {type(value).__name__}")
+        return found
+
+    return call
+
+
+def _by_its_class(call_str: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``str`` of an error: refuse it if its class says something else than its arguments."""
+
+    def call(self: Any, tx: Any, arg: Any) -> Any:
+        from torch._dynamo.variables.misc import ExceptionVariable
+        from torch._dynamo.variables.user_defined import UserDefinedExceptionObjectVariable
+
+        if isinstance(arg, (ExceptionVariable, UserDefinedExceptionObjectVariable)):
+            kind: Any = arg.python_type()
+            if kind.__str__ is not BaseException.__str__:
+                raise CannotFlatten(f"the text of a {kind.__name__} is asked for")
+        return call_str(self, tx, arg)
+
+    return call
+
+
+def _noted(initialise: Callable[..., None], made: list[Any]) -> Callable[..., None]:
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        initialise(self, *args, **kwargs)
+        made.append(self)
+
+    return init
+
+
+def _refuse_kept(self: Any, codegen: Any) -> NoReturn:
+    raise CannotFlatten("the forward pass returns or keeps a generator that it has made")
+
+
+def _with_generators_ended(compile_subgraph: Callable[..., Any], made: list[Any]) -> Callable[..., Any]:
+    """Wrap the end of a capture: refuse generators that were left inside a block, which Python then ends."""
+
+    def compile_all(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for generator in made:
+            tracer = generator.inline_tracer
+            if tracer is None or tracer.generator_exhausted or generator._is_generator_just_started():
+                continue
+            handler = getattr(tracer.next_instruction, "exn_tab_entry", None)
+            if handler is not None and handler.target.opname != _END_OF_ITERATION:
+                raise CannotFlatten("a generator is left inside a try or with block")
+        made.clear()
+        return compile_subgraph(self, *args, **kwargs)
+
+    return compile_all
+
+
+def _asking_objects(contains: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``item in items``: refuse a number as ``item`` among tensors and objects with their own ``==``."""
+
+    def found(items: Iterable[Any], item: Any, *args: Any, **kwargs: Any) -> Any:
+        items = list(items)
+        is_number = item.is_python_constant() and item.as_python_constant() is not None
+        if is_number and any(map(_compares_itself, items)):
+            raise CannotFlatten("a number or text is looked for among objects that compare themselves")
+        return contains(items, item, *args, **kwargs)
+
+    return found
+
+
+def _compares_itself(item: Any) -> bool:
+    from torch._dynamo.variables import TensorVariable, UserDefinedObjectVariable
+
+    item = item.realize()
+    if isinstance(item, TensorVariable):
+        return True
+    return isinstance(item, UserDefinedObjectVariable) and type(item.value).__eq__ is not object.__eq__
