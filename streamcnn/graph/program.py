@@ -7,7 +7,7 @@ are named, and looked up in the user's module when a pass starts.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -260,7 +260,21 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def differentiated(program: Program, leaves: Iterable[str]) -> frozenset[str]:
-    """The nodes that a gradient with respect to ``leaves`` passes through, the leaves included."""
+    """The nodes that a gradient with respect to ``leaves`` passes through, with the leaves that it reaches.
+
+    A leaf of which no result has a gradient, such as one that is detached, is left out: autograd would
+    otherwise ask what it was computed from, perhaps an earlier pass, for gradients.
+    """
+    found = _depending(program, frozenset(leaves))
+    asked = set(refs_in(program.outputs))
+    for node in reversed(list(program.nodes.values())):
+        if node.name in asked and node.name in found:
+            asked.update(node.operands)
+    return _depending(program, asked.intersection(leaves))
+
+
+def _depending(program: Program, leaves: Collection[str]) -> frozenset[str]:
+    """The ``leaves``, and the nodes that have a gradient with respect to one."""
     found = set(leaves)
     for node in program.nodes.values():
         if (

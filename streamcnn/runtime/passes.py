@@ -290,7 +290,7 @@ class _Running:
                 values = run.forward()
             return tuple(values[name] for name in run.output_names)
         anchors = run.anchors
-        if self.image is not None:
+        if self.image is not None and run.current.program.image in run.current.plan.differentiated:
             anchors.append(self.image)
         with self.caller_modes.restored(), torch.enable_grad():
             outputs: tuple[Tensor, ...] = Streamed.apply(run, *anchors)  # type: ignore[no-untyped-call]

@@ -85,6 +85,19 @@ class KeepsList(Small):
         return self.head(v)
 
 
+@CASES("self.hidden = map, which the next pass detaches (a recurrent net)", passes(3))
+class DetachedByTheNextPass(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Conv2d(2 * WIDTH, WIDTH, 3, padding=1)
+        self.hidden: Tensor | None = None
+
+    def middle(self, x: Tensor) -> Tensor:
+        before = torch.zeros_like(x) if self.hidden is None else self.hidden.detach()
+        self.hidden = torch.tanh(self.gate(torch.cat([x, before], 1)))
+        return self.hidden
+
+
 @CASES("self.features[name] = vector", passes(2), expected=SAME_OR_REFUSED)
 class KeepsDict(Small):
     def __init__(self) -> None:
