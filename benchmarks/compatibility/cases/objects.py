@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.compatibility.case import SAME_OR_REFUSED, Cases, Small, passes
+from benchmarks.compatibility.case import SAME_OR_REFUSED, Cases, Small, between, passes
 
 CASES = Cases("Python objects of all kinds")
 
@@ -194,6 +194,79 @@ class Cycled(Keeping):
 
     def middle(self, x: Tensor) -> Tensor:
         return x * next(self.held) + next(self.count)
+
+
+# --- objects that forward makes ------------------------------------------------------------------------
+
+
+def _counted(method: Any) -> Any:
+    """Count the calls of a method in a list that only the wrapper knows, and multiply by a number there."""
+    calls: list[int] = []
+    factor = 2.0
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return method(*args, **kwargs) * factor
+
+    def set_factor(value: float) -> None:
+        nonlocal factor
+        factor = value
+
+    call.calls, call.set_factor = calls, set_factor  # type: ignore[attr-defined]
+    return call
+
+
+def _helper_class() -> Any:
+    class Helper:
+        @_counted
+        def scaled(self, x: Tensor) -> Tensor:
+            return x
+
+        def noted(self, x: Tensor, seen: list[int] = []) -> Tensor:  # noqa: B006
+            seen.append(1)
+            return x * len(seen)
+
+        def doubled(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    return Helper
+
+
+class MakesHelper(Keeping):
+    """Makes an object in each forward pass, and calls one of its methods."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__(_helper_class())
+        self.method = method
+
+    def middle(self, x: Tensor) -> Tensor:
+        made: Tensor = getattr(self.held(), self.method)(x)
+        return made
+
+
+def _with_calls() -> tuple[MakesHelper, Any]:
+    net = MakesHelper("scaled")
+    return net, net.held.scaled.calls
+
+
+def _with_defaults() -> tuple[MakesHelper, Any]:
+    net = MakesHelper("noted")
+    return net, net.held.noted.__defaults__
+
+
+CASES.add("a decorated method of an object made in forward counts its calls", _with_calls, passes(2))
+CASES.add("a default argument of a method of an object made in forward", _with_defaults, passes(2))
+CASES.add(
+    "a number in the closure of a method of an object made in forward changes",
+    lambda: MakesHelper("scaled"),
+    between(lambda net: net.held.scaled.set_factor(3.0)),
+)
+CASES.add(
+    "a method of the class of an object made in forward is replaced",
+    lambda: MakesHelper("doubled"),
+    between(lambda net: setattr(net.held, "doubled", lambda self, x: 3 * x)),
+)
 
 
 # --- errors ------------------------------------------------------------------------------------------

@@ -4,11 +4,13 @@ In PyTorch 2.13, Dynamo forgets the ``maxlen`` of a ``deque`` that the code read
 too many items, and append to it in vain. It never runs the ``finally`` blocks of a generator that the code
 leaves before its end, and runs one that is kept to its end at once. It makes the text of an error from its
 arguments, whatever the error's class says. It looks for a number in a list without asking the objects there
-whether they are equal, and takes an object of an ``int`` or ``str`` subclass for a plain one.
+whether they are equal, and takes an object of an ``int`` or ``str`` subclass for a plain one. Of a method of an
+object made in the forward pass, it loses what changes in its closure and default arguments.
 """
 
 from __future__ import annotations
 
+import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +18,7 @@ from enum import Enum
 from typing import Any, NoReturn
 from unittest.mock import patch
 
-from streamcnn.capture.guarded.presence import is_made
+from streamcnn.capture.guarded.presence import is_made, is_torchs
 from streamcnn.graph.flattening import CannotFlatten
 
 _PLAIN = (int, float, complex, str, bytes)
@@ -42,6 +44,9 @@ def objects_as_they_are() -> Iterator[None]:
         exchange(generators, "__init__", _noted(generators.__init__, made))
         exchange(generators, "reconstruct", _refuse_kept)
         exchange(OutputGraph, "compile_subgraph", _with_generators_ended(OutputGraph.compile_subgraph, made))
+        called = functions.UserFunctionVariable
+        exchange(called, "get_source", _with_places(called.get_source))
+        exchange(called, "bind_args", _placed_first(called.bind_args))
         exchange(lists, "iter_contains", _asking_objects(vars(lists)["iter_contains"]))
         yield
 
@@ -85,6 +90,37 @@ def _noted(initialise: Callable[..., None], made: list[Any]) -> Callable[..., No
         made.append(self)
 
     return init
+
+
+def _with_places(get_source: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap finding where a function comes from: say so of those to which a place was given."""
+
+    def get(self: Any) -> Any:
+        return get_source(self) or vars(self).get("given_place")
+
+    return get
+
+
+def _placed_first(bind_args: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap entering a function: give one that Dynamo does not know from anywhere a place among globals.
+
+    Without a place, what its closure and default arguments hold would have no guards, and their changes
+    would be lost.
+    """
+
+    def bind(self: Any, parent: Any, *args: Any, **kwargs: Any) -> Any:
+        from torch._dynamo.source import GlobalSource
+
+        function = self.fn
+        held = isinstance(function, types.FunctionType) and (
+            function.__closure__ or function.__defaults__ or function.__kwdefaults__
+        )
+        if held and not self.get_source() and not is_torchs(function):
+            name = parent.output.install_global_by_id("function", function)
+            self.given_place = GlobalSource(name)
+        return bind_args(self, parent, *args, **kwargs)
+
+    return bind
 
 
 def _refuse_kept(self: Any, codegen: Any) -> NoReturn:

@@ -22,8 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch._C._dynamo.guards import DictGuardManager
 
-_OTHERS = (Tensor, type)
-"""What has attributes and is not looked into: tensors have guards of their own, and so have classes."""
 _HEAP_TYPE = 1 << 9
 """The flag of classes that are not built in."""
 
@@ -63,14 +61,16 @@ def _look_of(value: Any) -> Callable[[Any], Any] | None:
         return bool
     if isinstance(value, deque):
         return _limit
-    if isinstance(value, _OTHERS) or _is_torchs(value):
+    if isinstance(value, type):
+        return _members if is_made(value) else None
+    if isinstance(value, Tensor) or is_torchs(value):
         return None
     if type(getattr(value, "__dict__", None)) is not dict:
         return _methods if _is_users(type(value)) else None
     return _attributes_and_methods if _is_users(type(value)) else _attributes
 
 
-def _is_torchs(value: Any) -> bool:
+def is_torchs(value: Any) -> bool:
     """Whether a value is one of PyTorch's own Python modules or functions."""
     name = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", "")
     is_code = isinstance(value, (types.ModuleType, types.FunctionType))
@@ -96,8 +96,12 @@ def _attributes_and_methods(value: Any) -> tuple[Any, ...]:
 
 
 def _methods(value: Any) -> tuple[Any, ...]:
-    """Methods and properties of an object's class and its bases."""
-    members = chain.from_iterable(vars(kind).values() for kind in type(value).__mro__ if is_made(kind))
+    return _members(type(value))
+
+
+def _members(kind: type) -> tuple[Any, ...]:
+    """Methods and properties of a class and its bases."""
+    members = chain.from_iterable(vars(base).values() for base in kind.__mro__ if is_made(base))
     return tuple(member for member in members if hasattr(type(member), "__get__"))
 
 
