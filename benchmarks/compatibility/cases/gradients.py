@@ -448,6 +448,12 @@ CASES.add("tensor.register_hook on a map", MapHook, passes(2), expected=SAME_OR_
 CASES.add("tensor.register_hook on features", VectorHook, passes(2), expected=SAME_OR_REFUSED)
 
 
+@CASES("grad_fn.name() as a factor", expected="grad_fn.name")
+class NamedNode(Small):
+    def middle(self, x: Tensor) -> Tensor:
+        return x * len(x.grad_fn.name()) if x.grad_fn is not None else x
+
+
 @CASES("a hook keeps a map's gradient (Grad-CAM)", passes(2), expected=SAME_OR_REFUSED)
 class KeepsGradient(Small):
     gradient: Tensor | None = None

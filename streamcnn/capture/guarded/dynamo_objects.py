@@ -4,8 +4,8 @@ In PyTorch 2.13, Dynamo forgets the ``maxlen`` of a ``deque`` that the code read
 too many items, and append to it in vain. It never runs the ``finally`` blocks of a generator that the code
 leaves before its end, and runs one that is kept to its end at once. It makes the text of an error from its
 arguments, whatever the error's class says. It looks for a number in a list without asking the objects there
-whether they are equal, and takes an object of an ``int`` or ``str`` subclass for a plain one. Of a method of an
-object made in the forward pass, it loses what changes in its closure and default arguments.
+whether they are equal, and takes an object of an ``int`` or ``str`` subclass for a plain one. Of a method
+of an object made in the forward pass, it loses what changes in its closure and default arguments.
 """
 
 from __future__ import annotations

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import traceback
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -25,7 +27,7 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from streamcnn.capture.lines import called_by_user
+from streamcnn.capture.lines import TORCH_FOLDER, called_by_user
 from streamcnn.capture.refused_functions import refuse_address, refuse_function, refuse_of_image
 from streamcnn.capture.unguarded.blind import BLIND
 from streamcnn.capture.unguarded.known_shapes import KnownShapes
@@ -57,6 +59,10 @@ _WITHOUT_VALUES = (
     NotImplementedError,
 )
 """Errors that are due to missing values, and not to the user's code."""
+_STANDING_FOR_OPERATORS = tuple(
+    str(Path(TORCH_FOLDER, name)) for name in ("_refs", "_prims", "_subclasses", "_decomp", "_meta_")
+)
+"""How paths of PyTorch's code begin that computes shapes in place of operators."""
 
 
 @dataclass(slots=True)
@@ -101,6 +107,12 @@ def _needs_values(func: Any, args: tuple[Any, ...]) -> bool:
     return func in _READS or func is Tensor.__format__
 
 
+def _is_of_stand_ins(error: Exception) -> bool:
+    """Whether an error comes from what stands for an operator on tensors without values."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_code.co_filename.startswith(_STANDING_FOR_OPERATORS)
+
+
 def is_plain_tensor(tensor: Tensor) -> bool:
     """Whether a tensor is a plain ``Tensor`` or ``Parameter``, and of no subclass."""
     return type(tensor) in _PLAIN
@@ -140,6 +152,9 @@ class Watch(TorchFunctionMode):
         except Exception as error:
             if isinstance(error, _WITHOUT_VALUES) or _needs_values(func, args):
                 self.noted.note_refusal(error)
+            if type(error) in (ValueError, AssertionError) and _is_of_stand_ins(error):
+                # The code may catch what the real operator would raise.
+                raise RuntimeError(*error.args) from error
             raise
 
     def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -253,6 +268,9 @@ class Watch(TorchFunctionMode):
         return _Handle(self.noted.hooks, name)
 
 
+_OF_NODES = ("name", "next_functions", "metadata")
+
+
 class _Recorded:
     """A tensor's ``grad_fn`` while tracing: the node itself, on which hooks are refused."""
 
@@ -264,6 +282,11 @@ class _Recorded:
             raise UnsupportedModel(
                 f"the forward pass calls grad_fn.{name}(), and a streamed pass has other nodes in its graph: "
                 "set the hook on the tensor itself (Tensor.register_hook)"
+            )
+        if name in _OF_NODES or name.startswith("_saved"):
+            raise UnsupportedModel(
+                f"the forward pass reads grad_fn.{name}, and a streamed pass has other nodes in its graph: "
+                "ask only whether there is one (grad_fn is None, requires_grad)"
             )
         return getattr(self._node, name)
 
