@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.compatibility.case import SAME_OR_REFUSED, WIDTH, Cases, Record, Small, passes
 from benchmarks.compatibility.cases.arguments import Filling, fill
@@ -51,6 +52,27 @@ class TimedView(Timed):
         except RuntimeError:
             flat = 2 * y.reshape(x.shape[0], -1)
         return x + flat.mean(1)[:, None, None, None]
+
+
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self, seen: list[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@CASES("a TorchDispatchMode of its own that lists operators", expected="enters _Operators")
+class OwnDispatchMode(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def middle(self, x: Tensor) -> Tensor:
+        with _Operators(self.seen):
+            return torch.tanh(x)
 
 
 def _under_inference(model: Any, net: nn.Module, record: Record) -> None:

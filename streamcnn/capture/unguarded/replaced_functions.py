@@ -24,6 +24,7 @@ from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from streamcnn.capture.lines import called_by_user
 from streamcnn.capture.refused_functions import refuse_address, refuse_multi_grad_hook
@@ -58,6 +59,7 @@ def functions_replaced(
         replaced_here(torch, "from_numpy", _from_numpy),
         replaced_here(Tensor, "as_subclass", _as_subclass),
         replaced_here(saved_tensors_hooks, "__enter__", noting(_enter_saved_tensors_hooks)),
+        replaced_here(TorchDispatchMode, "__enter__", noting(_enter_dispatch_mode)),
         replaced_here(autograd_graph, "register_multi_grad_hook", noting(refuse_multi_grad_hook)),
         replaced_here(checkpoint, "_checkpoint_without_reentrant_generator", _without_reentry),
         replaced_here(torch.UntypedStorage, "data_ptr", noting(_address)),
@@ -110,6 +112,20 @@ def _enter_saved_tensors_hooks(hooks: saved_tensors_hooks) -> None:
             "streaming keeps no activations that need to be packed"
         )
     _ENTER(hooks)
+
+
+_ENTER_MODE = TorchDispatchMode.__enter__
+
+
+def _enter_dispatch_mode(mode: TorchDispatchMode) -> Any:
+    """Enter a mode that sees operators if it is PyTorch's own; the user's would see those of the trace."""
+    kind = type(mode)
+    if kind.__module__.partition(".")[0] != torch.__name__:
+        raise UnsupportedModel(
+            f"the forward pass enters {kind.__name__}, a TorchDispatchMode, which would see the operators of "
+            "a trace: enter it around the call of the model"
+        )
+    return _ENTER_MODE(mode)  # type: ignore[no-untyped-call]
 
 
 _FROM_NUMPY = torch.from_numpy
