@@ -246,7 +246,7 @@ class _Running:
         parts = parts_of(graph) if differentiates else ()
         if not parts:
             return self._whole(captured)
-        before = {key: as_before(key, captured.states[key]) for key in graph.updates}
+        before = {key: as_before(captured.states[key]) for key in graph.updates}
 
         def run() -> Sequence[Any]:
             values: dict[str, Any] = {}

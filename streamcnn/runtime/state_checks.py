@@ -1,10 +1,11 @@
-"""Refuse passes that change the caller's image, or memory that two states share."""
+"""Passes that change states: copies from before, and refusals of changes to the image or to shared memory."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import permutations
 
+import torch
 from torch import Tensor
 
 from streamcnn.capture.capture import RawGraph
@@ -45,20 +46,10 @@ def _overlap(first: Tensor, second: Tensor) -> bool:
     return first.numel() > 0 < second.numel() and max(starts) <= min(ends)
 
 
-def as_before(key: str, state: Tensor) -> Tensor:
-    """A copy of a state that the pass changes.
-
-    Raises
-    ------
-    UnsupportedModel
-        If the state requires a gradient, which would not reach the copy.
-    """
-    if state.requires_grad:
-        raise UnsupportedModel(
-            f"the forward pass changes '{key}', which requires a gradient, and has results that depend "
-            "on each other: change it outside, or return the results that the loss needs"
-        )
-    return state.detach().clone()
+def as_before(state: Tensor) -> Tensor:
+    """A copy of a state that the pass changes; the copy's gradient is the state's."""
+    with torch.enable_grad():
+        return state.clone()
 
 
 def refuse_changes_of_the_image(graph: RawGraph, image: Image) -> None:
