@@ -7,6 +7,7 @@ import copy
 import pickle
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_streamed_equals_plain
@@ -112,6 +113,15 @@ def test_what_only_the_callers_image_tells_is_refused(name: str) -> None:
     net = Net(on_image=lambda x: x * 2 if getattr(x, name) else x)
     with pytest.raises(UnsupportedModel, match=rf"reads \.{name} of the image, .* further argument"):
         StreamingModel(net)(torch.randn(2, 3, 29, 37, requires_grad=True))
+
+
+def test_a_map_beside_the_image_has_no_values() -> None:
+    class Instances(nn.Module):
+        def forward(self, x: Tensor, instances: Tensor) -> Tensor:
+            return sum(x * (instances == each) for each in np.unique(instances.numpy()))
+
+    with pytest.raises(UnsupportedModel, match=r"maps beside it .* convert an argument before the call"):
+        StreamingModel(Instances())(torch.randn(2, 3, 29, 37), torch.randint(3, (2, 1, 29, 37)))
 
 
 def test_layers_are_not_made_within() -> None:

@@ -29,7 +29,7 @@ _CHOOSES = (
     "Weigh values by the mask instead of choosing them, as in (loss * mask).sum() / mask.sum(), or return "
     "what is chosen from, and choose outside of the model"
 )
-_CONVERTS = "Return the tensor, and convert it outside of the model"
+_CONVERTS = "Return the tensor, and convert it outside of the model; convert an argument before the call"
 _READS_VALUE = "it reads a value of a tensor (.item(), float(), bool(), an f-string, an if or a loop)"
 _NO_RESULT = "argument of type:"
 """How ``torch.fx`` begins to say that it knows no results of some class."""
@@ -148,7 +148,10 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UnsupportedOperatorException):
         return f"it calls {said}, which does not say what it gives without computing it"
     if _NUMPY in said:
-        return "it gives a tensor's values to NumPy, and what is computed from the image has none yet"
+        return (
+            "it gives a tensor's values to NumPy, and the image, maps beside it and what is computed from "
+            "them have none yet"
+        )
     if _FORMAT in said:
         return _READS_VALUE
     if said.startswith(_MOVED):
