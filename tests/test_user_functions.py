@@ -153,6 +153,9 @@ ALIKE: dict[str, Callable[[], nn.Module]] = {
     "a number of positions": lambda: Applied(
         function(lambda x: x * x.shape[2], lambda saved, g: g * 7 / saved[0].shape[3])
     ),
+    "a number of positions in one row": lambda: Applied(
+        function(lambda x: x * x[0, 0, 0].numel(), lambda saved, g: g / g[0, 0].numel())
+    ),
 }
 
 

@@ -126,6 +126,8 @@ class Body:
         self._values: dict[FxNode, Value] = {}
         given = iter(inputs)
         traced = make_fx(Interpreter(body).run)(*empty(inputs, device))
+        # What only serves to name a number, as in x[0, 0].numel(), is no longer needed.
+        traced.graph.eliminate_dead_code()
         self._overwrites = any(_overwrites(node.target) for node in traced.graph.nodes)
         for node in traced.graph.nodes:
             if node.op == "placeholder":
