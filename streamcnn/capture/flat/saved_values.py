@@ -45,8 +45,11 @@ def refuse_saved(
         If one does; the text names the operator whose gradient needs the value.
     """
     reached: set[str] | None = None
+    touching = _touching(nodes)
     for overwrite in overwrites:
-        savers = [node for node in nodes[: overwrite.position] if _saves(node, overwrite.memory)]
+        places = {place for name in overwrite.memory for place in touching.get(name, ())}
+        before = [nodes[place] for place in sorted(places) if place < overwrite.position]
+        savers = [node for node in before if _saves(node, overwrite.memory)]
         if savers and reached is None:
             reached = _reached_backward(nodes, outputs, examples)
         found = next((node for node in savers if reached is not None and node.name in reached), None)
@@ -58,6 +61,15 @@ def refuse_saved(
                 " needs, and plain PyTorch would take the new values for it: overwrite it before its first "
                 "use or outside of the forward pass, or change a clone()"
             )
+
+
+def _touching(nodes: Sequence[RawNode]) -> dict[str, list[int]]:
+    """By the name of a value, the places of the call that gives it and of those that read it."""
+    found: dict[str, list[int]] = {}
+    for place, node in enumerate(nodes):
+        for name in (node.name, *node.operands):
+            found.setdefault(name, []).append(place)
+    return found
 
 
 def _saves(node: RawNode, memory: Collection[str]) -> bool:
