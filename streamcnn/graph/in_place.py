@@ -74,6 +74,13 @@ def changes_shape(target: object) -> bool:
     return operator_name(target) in _SHAPES
 
 
+def is_elementwise(target: object) -> bool:
+    """Whether an in-place call computes each element from those at the same place in its operands."""
+    return isinstance(target, OpOverload) and (
+        torch.Tag.pointwise in target.tags or operator_name(target) == "copy_"
+    )
+
+
 def own_name(target: object) -> bool:
     """Whether a target is an operator's in-place form, such as ``relu_``, rather than one with ``out=``."""
     return isinstance(target, OpOverload) and name_in_library(target).endswith("_")

@@ -22,6 +22,7 @@ from streamcnn.capture.capture import Given, RawGraph, moved
 from streamcnn.capture.collectives import in_their_order
 from streamcnn.capture.flat.current_values import CurrentValues
 from streamcnn.capture.flat.graph_inputs import GraphInputs
+from streamcnn.capture.flat.overlaps import overlap_in_part
 from streamcnn.capture.flat.raw_calls import RawCalls, is_block
 from streamcnn.capture.flat.saved_values import refuse_saved
 from streamcnn.errors import UnsupportedModel
@@ -31,6 +32,7 @@ from streamcnn.graph.in_place import (
     asserted,
     changes_shape,
     functional_of,
+    is_elementwise,
     overwritten,
     own_name,
 )
@@ -235,6 +237,7 @@ class _Functionalizer:
         """Record a call that overwrites ``written`` and returns it."""
         written = self.values.itself(written)
         self._refuse_twice(node, written)
+        self._refuse_overlap(node, written)
         functional, args, kwargs = functional_of(node, self.calls.source(node))
         if isinstance(functional, OnCopy) and functional.num_results > 0:
             self._write_beside_results(node, [written], functional, args, kwargs)
@@ -285,6 +288,19 @@ class _Functionalizer:
                 "and plain PyTorch changes it twice, forward and backward: call the layers without "
                 "checkpoint() (set_grad_checkpointing(False)); streaming recomputes activations itself"
             )
+
+    def _refuse_overlap(self, node: FxNode, written: FxNode) -> None:
+        """Refuse to overwrite values with others of the same tensor that the call overwrites as well."""
+        if not is_elementwise(node.target):
+            return
+        for other in map(self.values.itself, node.all_input_nodes):
+            shares = other is not written and self.values.owner(other) is self.values.owner(written)
+            if shares and overlap_in_part(written.meta["val"], other.meta["val"]):
+                raise UnsupportedModel(
+                    f"the forward pass overwrites part of a tensor with values of an overlapping part "
+                    f"({self.calls.source(node)}), and what comes out depends on their order in memory: copy "
+                    "these first (clone())"
+                )
 
     def _output(self, value: Any) -> Any:
         if not isinstance(value, FxNode):
