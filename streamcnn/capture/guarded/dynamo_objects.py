@@ -41,6 +41,9 @@ def objects_as_they_are() -> Iterator[None]:
 
         exchange(builder.VariableBuilder, "__call__", _as_it_is(builder.VariableBuilder.__call__))
         exchange(BuiltinVariable, "call_str", _by_its_class(BuiltinVariable.call_str))
+        for kind in _errors():
+            if "tp_str_impl" in vars(kind):  # from PyTorch 2.14 on
+                exchange(kind, "tp_str_impl", _of_its_class(kind.tp_str_impl))
         exchange(generators, "__init__", _noted(generators.__init__, made))
         exchange(generators, "reconstruct", _refuse_kept)
         exchange(OutputGraph, "compile_subgraph", _with_generators_ended(OutputGraph.compile_subgraph, made))
@@ -69,19 +72,37 @@ def _as_it_is(wrap: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _by_its_class(call_str: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``str`` of an error: refuse it if its class says something else than its arguments."""
+    """Wrap ``str`` of a value: refuse an error whose class says something else than its arguments."""
 
     def call(self: Any, tx: Any, arg: Any) -> Any:
-        from torch._dynamo.variables.misc import ExceptionVariable
-        from torch._dynamo.variables.user_defined import UserDefinedExceptionObjectVariable
-
-        if isinstance(arg, (ExceptionVariable, UserDefinedExceptionObjectVariable)):
-            kind: Any = arg.python_type()
-            if kind.__str__ is not BaseException.__str__:
-                raise CannotFlatten(f"the text of a {kind.__name__} is asked for")
+        _refuse_own_text(arg)
         return call_str(self, tx, arg)
 
     return call
+
+
+def _of_its_class(text_of: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap an error's text likewise."""
+
+    def text(self: Any, *args: Any) -> Any:
+        _refuse_own_text(self)
+        return text_of(self, *args)
+
+    return text
+
+
+def _errors() -> tuple[Any, ...]:
+    """Dynamo's classes for errors, whose modules differ between versions."""
+    from torch._dynamo import variables
+
+    return tuple(vars(variables)[f"{name}Variable"] for name in ("Exception", "UserDefinedExceptionObject"))
+
+
+def _refuse_own_text(value: Any) -> None:
+    if isinstance(value, _errors()):
+        kind: Any = value.python_type()
+        if kind.__str__ is not BaseException.__str__:
+            raise CannotFlatten(f"the text of a {kind.__name__} is asked for")
 
 
 def _noted(initialise: Callable[..., None], made: list[Any]) -> Callable[..., None]:
@@ -132,16 +153,23 @@ def _with_generators_ended(compile_subgraph: Callable[..., Any], made: list[Any]
 
     def compile_all(self: Any, *args: Any, **kwargs: Any) -> Any:
         for generator in made:
-            tracer = generator.inline_tracer
-            if tracer is None or tracer.generator_exhausted or generator._is_generator_just_started():
+            if not _is_under_way(generator):
                 continue
-            handler = getattr(tracer.next_instruction, "exn_tab_entry", None)
+            handler = getattr(generator.inline_tracer.next_instruction, "exn_tab_entry", None)
             if handler is not None and handler.target.opname != _END_OF_ITERATION:
                 raise CannotFlatten("a generator is left inside a try or with block")
         made.clear()
         return compile_subgraph(self, *args, **kwargs)
 
     return compile_all
+
+
+def _is_under_way(generator: Any) -> bool:
+    """Whether a generator has begun and not ended."""
+    if hasattr(generator, "_frame_state_suspended"):  # since PyTorch 2.14
+        return bool(generator._frame_state_suspended())
+    tracer = generator.inline_tracer
+    return not (tracer is None or tracer.generator_exhausted or generator._is_generator_just_started())
 
 
 def _asking_objects(contains: Callable[..., Any]) -> Callable[..., Any]:

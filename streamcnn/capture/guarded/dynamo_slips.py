@@ -33,7 +33,8 @@ from torch import Tensor
 from streamcnn.capture.guarded.guarded_image import as_image
 from streamcnn.graph.flattening import CannotFlatten
 
-_APPLY = vars(torch.autograd.Function)["apply"].__func__
+_APPLY = getattr(vars(torch.autograd.Function)["apply"], "__func__", None)
+"""``Function.apply`` where it is written in Python, as it is before PyTorch 2.14."""
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
 
 
