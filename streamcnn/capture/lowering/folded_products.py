@@ -142,6 +142,8 @@ def _along_lines(
     shapes = [tracer.spec(each.ref).shape for each in operands]
     if mask is not None or like.dim() != len(operands[0].runs) or any(x.runs[:-2] != batch for x in operands):
         return NotStreamable("it mixes positions")
+    if any(tracer.axes(each.ref) is None for each in operands):
+        return NotStreamable("it mixes positions")
     if any(shape[: sum(batch)] != shapes[0][: sum(batch)] for shape in shapes):
         return NotStreamable("its operands have their axes of space merged differently")
     if len(operands) == 2:
