@@ -22,6 +22,7 @@ from streamcnn.data.reader import BatchReader
 from streamcnn.geometry.regions import Region
 from streamcnn.graph.ops import constants, dropout, pooling, samples
 from streamcnn.graph.ops.rules import Sample
+from streamcnn.runtime import streaming_model
 
 DROPOUT = Sample(
     "dropout in train mode",
@@ -44,6 +45,7 @@ def _no_values(monkeypatch: pytest.MonkeyPatch) -> None:
         return reader.read_stored(region).to(reader.device)
 
     monkeypatch.setattr(BatchReader, "read", read)
+    monkeypatch.setattr(streaming_model, "require_values", lambda device, image: None)
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *args: False)
 
