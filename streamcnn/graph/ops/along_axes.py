@@ -117,17 +117,25 @@ SELECTING: dict[object, int] = {
 """Operators that find the largest (1) or smallest (-1) value along an axis, and its index."""
 
 
-def selected(tracer: Tracer, target: object, ref: Ref, likes: Sequence[Tensor]) -> tuple[Ref, ...]:
-    """The largest or smallest value over all positions (..., H, W) with its index, or the index alone.
+def selected(
+    tracer: Tracer, target: object, ref: Ref, likes: Sequence[Tensor], counts: tuple[int, int] = (1, 1)
+) -> tuple[Ref, ...]:
+    """The largest or smallest values of a map (..., H, W) with their indices, or the indices alone.
 
-    Indices are in row order. ``likes`` are fake tensors of the whole results. Among equal values the first is
-    taken, and gets the gradient.
+    ``counts`` are the numbers of values along rows and columns: (1, 1) over all positions, whose indices are
+    in row order, or all of one axis and 1 of the other. ``likes`` are fake tensors of the whole results.
+    Among equal values the first is taken, and gets the gradient.
     """
     axes, shape = tracer.axes(ref), tracer.spec(ref).shape
     assert axes is not None
-    windows = (Adaptive(shape[axes[0]], 1), Adaptive(shape[axes[1]], 1))
-    found = _of_sign(tracer, ref, WindowMaxima(shape, axes, True, windows), largest=SELECTING[target] > 0)
-    parts = zip(found[-len(likes) :], likes, strict=True)
+    width = shape[axes[1]]
+    windows = (Adaptive(shape[axes[0]], counts[0]), Adaptive(width, counts[1]))
+    values, places = _of_sign(
+        tracer, ref, WindowMaxima(shape, axes, True, windows), largest=SELECTING[target] > 0
+    )
+    if max(counts) > 1:
+        places = tracer.global_value(place_along, places, width, counts[0] == 1)
+    parts = zip((values, places)[-len(likes) :], likes, strict=True)
     return tuple(tracer.global_value(aten.reshape.default, part, tuple(like.shape)) for part, like in parts)
 
 
@@ -140,16 +148,7 @@ def _selected_along(
     if axes != (ndim - 2, ndim - 1) or spec.dtype in (torch.bool, torch.int64):
         return NotStreamable("it runs along a spatial axis")
     height, width = spec.shape[-2:]
-    rows, cols = (1, width) if dim == axes[0] else (height, 1)
-    windows = (Adaptive(height, rows), Adaptive(width, cols))
-    found = _of_sign(
-        tracer, ref, WindowMaxima(spec.shape, axes, True, windows), largest=SELECTING[target] > 0
-    )
-    along = tracer.global_value(place_along, found[1], width, dim == axes[0])
-    parts = zip((found[0], along)[-len(likes) :], likes, strict=True)
-    results = tuple(
-        tracer.global_value(aten.reshape.default, part, tuple(like.shape)) for part, like in parts
-    )
+    results = selected(tracer, target, ref, likes, (1, width) if dim == axes[0] else (height, 1))
     return results if len(likes) > 1 else results[0]
 
 
