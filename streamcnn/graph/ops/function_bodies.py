@@ -8,7 +8,6 @@ positions, since the sums of tiles add up as well. The code is followed as a gra
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -56,8 +55,7 @@ class PositionsMixed(Exception):
 class Value:
     """What is known of a tensor in a body."""
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    spec: TensorSpec
     roles: tuple[Role, ...]
     """What runs along each axis."""
     is_linear: bool = False
@@ -74,12 +72,12 @@ class Value:
         for role, axis, extent in zip(ROLES, axes, extents, strict=True):
             if spec.shape[axis] == extent:
                 roles[axis] = role
-        return cls(spec.shape, spec.dtype, tuple(roles))
+        return cls(spec, tuple(roles))
 
     @classmethod
     def alike_everywhere(cls, spec: TensorSpec) -> Value:
         """A value that all tiles share."""
-        return cls(spec.shape, spec.dtype, (None,) * len(spec.shape))
+        return cls(spec, (None,) * len(spec.shape))
 
     @property
     def varies(self) -> bool:
@@ -87,14 +85,11 @@ class Value:
         return any(self.roles) or self.is_linear
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the whole value."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
     def other_size(self) -> tuple[int, ...]:
         """Its shape for a map of another size."""
-        return tuple(extent + _OTHER_SIZE[role] for extent, role in zip(self.shape, self.roles, strict=True))
+        return tuple(
+            extent + _OTHER_SIZE[role] for extent, role in zip(self.spec.shape, self.roles, strict=True)
+        )
 
 
 class Body:
@@ -125,7 +120,7 @@ class Body:
         self._rounded = rounded
         self._values: dict[FxNode, Value] = {}
         given = iter(inputs)
-        traced = make_fx(Interpreter(body).run)(*empty(inputs, device))
+        traced = make_fx(Interpreter(body).run)(*empty([each.spec for each in inputs], device))
         # What only serves to name a number, as in x[0, 0].numel(), is no longer needed.
         traced.graph.eliminate_dead_code()
         self._overwrites = any(_overwrites(node.target) for node in traced.graph.nodes)
@@ -150,7 +145,7 @@ class Body:
             made = replace(made, is_zero=True)
         if not any(value.varies for value in operands):
             return made
-        keeps_shape = name in _SAME_SHAPE and made.shape == operands[0].shape
+        keeps_shape = name in _SAME_SHAPE and made.spec.shape == operands[0].spec.shape
         if rule_for(node.target) is pointwise or (keeps_shape and node.target is not aten.view.dtype):
             made = _broadcast(node, operands, made)
         elif name in _ALONG_AXES and len(operands) == 1:
@@ -169,7 +164,7 @@ class Body:
         """Whether a call some of whose operands are linear returns a linear value."""
         name, args = operator_name(node.target), node.args
         values = [self._values[each] for each in node.all_input_nodes]
-        if any(value.is_linear and self._rounds(value.dtype, made.dtype) for value in values):
+        if any(value.is_linear and self._rounds(value.spec.dtype, made.spec.dtype) for value in values):
             return False
         linear = [self._values[arg].is_linear if isinstance(arg, FxNode) else None for arg in args]
         if name in _SAME_SHAPE or name in _SUMS or name in _MOVES or name == "neg":
@@ -228,7 +223,7 @@ def _broadcast(node: FxNode, operands: Sequence[Value], made: Value) -> Value:
         raise PositionsMixed(f"positions meet others: {node.target}")
     for value in operands:
         for axis, role in enumerate(value.roles):
-            if role != roles[axis - len(value.roles)] and value.shape[axis] != 1:
+            if role != roles[axis - len(value.roles)] and value.spec.shape[axis] != 1:
                 raise PositionsMixed(f"it names the shape of a map: {node.target}")
     is_linear = any(value.is_linear for value in operands)
     return replace(made, roles=tuple(roles), is_linear=is_linear, summed=summed)
@@ -289,9 +284,9 @@ def _with_one_more(node: FxNode, value: Value) -> list[Role]:
 def _with_fewer(node: FxNode, value: Value) -> list[Role] | None:
     dims = _dims(node)
     gone = {dim % len(value.roles) for dim in dims or range(len(value.roles))}
-    if any(value.roles[axis] is not None and value.shape[axis] == 1 for axis in gone):
+    if any(value.roles[axis] is not None and value.spec.shape[axis] == 1 for axis in gone):
         return None
-    return [role for axis, role in enumerate(value.roles) if axis not in gone or value.shape[axis] != 1]
+    return [role for axis, role in enumerate(value.roles) if axis not in gone or value.spec.shape[axis] != 1]
 
 
 def _repeated(node: FxNode, value: Value) -> list[Role]:
@@ -316,6 +311,6 @@ _MOVES: Mapping[str, Callable[[FxNode, Value], list[Role] | None]] = {
 """Views, with what runs along the axes of the result; None where positions do not stay what they are."""
 
 
-def empty(values: Sequence[Value], device: torch.device) -> list[Tensor]:
-    """Tensors for values, without their elements."""
-    return [torch.empty(value.shape, dtype=value.dtype, device=device) for value in values]
+def empty(specs: Sequence[TensorSpec], device: torch.device) -> list[Tensor]:
+    """Tensors of these shapes and types, without their elements."""
+    return [torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in specs]

@@ -63,7 +63,7 @@ def user_function(tracer: Tracer, call: Call) -> Any:
     if not all(isinstance(arg, Ref) for arg in call.args):
         return NotStreamable("it takes other operands than tensors")
     extents = [like.shape[axis] for axis in axes]
-    values = [_value(tracer, ref, like, axes) for ref in call.args]
+    values = [_value(tracer, ref, like.dim(), axes, extents) for ref in call.args]
     result = Value.of_map(TensorSpec(tuple(like.shape), like.dtype), axes, extents)
     try:
         saved = _bytes_saved(whole.bodies, values, result, like.device)
@@ -82,13 +82,12 @@ def user_function(tracer: Tracer, call: Call) -> Any:
     return (tracer.local(OnlyResult(whole, saved), refs, like=like, axes=axes, accesses=accesses),)
 
 
-def _value(tracer: Tracer, ref: Ref, like: Tensor, axes: Axes) -> Value:
+def _value(tracer: Tracer, ref: Ref, ndim: int, axes: Axes, extents: Sequence[int]) -> Value:
     """An operand: a map, also of a global value that has the positions of one, or what all tiles share."""
     spec, own = tracer.spec(ref), tracer.axes(ref)
-    extents = [like.shape[axis] for axis in axes]
     if own is not None:
         return Value.of_map(spec, own, extents)
-    if len(spec.shape) != like.dim() or all(spec.shape[axis] == 1 for axis in axes):
+    if len(spec.shape) != ndim or all(spec.shape[axis] == 1 for axis in axes):
         return Value.alike_everywhere(spec)
     fits = all(spec.shape[axis] in (1, extent) for axis, extent in zip(axes, extents, strict=True))
     return Value.of_map(spec, axes, extents) if fits else Value.alike_everywhere(spec)
@@ -121,7 +120,7 @@ def _bytes_saved(
         If it is not certain that both passes treat every position alike.
     """
     forward, backward = bodies
-    rounded = frozenset(operand.dtype for operand in operands)
+    rounded = frozenset(operand.spec.dtype for operand in operands)
     first = Body(forward, operands, rounded, device)
     made, saved = first.results
     (found,) = pytree.tree_leaves(made)
@@ -135,7 +134,7 @@ def _bytes_saved(
         if gradient is not None:
             _require_gradient(gradient, operand)
     _require_any_size(bodies, operands, first.results, second.results, device)
-    return sum(value.nbytes for value in saved if not any(value is operand for operand in operands))
+    return sum(value.spec.nbytes for value in saved if not any(value is operand for operand in operands))
 
 
 def _require_gradient(gradient: Value, operand: Value) -> None:
@@ -146,7 +145,7 @@ def _require_gradient(gradient: Value, operand: Value) -> None:
     # Autograd sums a gradient over axes along which its operand was broadcast.
     for axis, role in enumerate(() if gradient.is_zero else operand.roles):
         arrived = gradient.roles[axis + shift] if axis + shift >= 0 else None
-        if role != arrived and (role is not None or operand.shape[axis] != 1):
+        if role != arrived and (role is not None or operand.spec.shape[axis] != 1):
             raise PositionsMixed("it gives a gradient for other positions")
 
 
@@ -159,7 +158,7 @@ def _require_any_size(
 ) -> None:
     """Raise unless the bodies return what tiles need for maps of another size, too."""
     try:
-        others = [replace(operand, shape=operand.other_size) for operand in operands]
+        others = [TensorSpec(operand.other_size, operand.spec.dtype) for operand in operands]
         results = Interpreter(bodies[0]).run(*empty(others, device))
         (arriving,) = pytree.tree_leaves(results[0])
         found = Interpreter(bodies[1]).run(torch.empty_like(arriving), *results[1])
