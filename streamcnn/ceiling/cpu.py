@@ -255,28 +255,34 @@ class DataLimit:
         """Set the limit, unless a lower one is in force."""
         if sys.platform != "linux":
             raise not_enforced()
+        others = self._others()
         ceiling = self._ceiling(budget)
         is_lowest = ceiling < soft_limit()
         data_caps.put(self, ceiling)
-        self._move(budget)
+        self._move(budget, others)
         if is_lowest and not is_enforced():
             raise not_enforced()
 
-    def _move(self, budget: int) -> None:
-        """Set the limit to the present ceiling, if it is in force; other threads may change it meanwhile."""
-        found = None
-        while found != (others := sum(self._baseline.others.values())):
-            found = others
+    def _move(self, budget: int, known: int | None = None) -> None:
+        """Set the limit to the present ceiling, if it is in force; other threads may change it meanwhile.
+
+        ``known`` is what `_others` was before the limit was last set.
+        """
+        while known != (others := self._others()):
+            known = others
             data_caps.move(self, self._ceiling(budget))
+
+    def _others(self) -> int:
+        """Bytes that other threads' updates may take under their own ceilings."""
+        return sum(self._baseline.others.values())
 
     def _ceiling(self, budget: int) -> int:
         """The limit on the data segment in bytes."""
         if self._baseline.data_bytes is None:
             raise not_enforced()
         in_heap = min(self._baseline.free_bytes, _heap_share(budget))
-        others = sum(self._baseline.others.values())
         room = budget - in_heap - self._library_bytes()
-        return self._baseline.data_bytes + untouched_code_bytes() + room + others
+        return self._baseline.data_bytes + untouched_code_bytes() + room + self._others()
 
     def _library_bytes(self) -> int:
         """Bytes of library code that has run for the first time: resident, and no part of the data segment.
