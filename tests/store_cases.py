@@ -87,9 +87,10 @@ def make_on_used_disk(spill: SpillFolder, transfers: Transfers, spec: StoreSpec)
 
 
 @st.composite
-def regions_of(draw: st.DrawFn, size: tuple[int, int]) -> Region:
+def regions_of(draw: st.DrawFn, size: tuple[int, int], most: int = 2**62) -> Region:
+    """A region of a map of ``size``, of at most so many rows and columns."""
     spans = []
     for extent in size:
         start = draw(st.integers(0, extent - 1))
-        spans.append(Interval(start, draw(st.integers(start + 1, extent))))
+        spans.append(Interval(start, draw(st.integers(start + 1, min(extent, start + most)))))
     return Region(*spans)

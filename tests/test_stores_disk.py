@@ -164,9 +164,29 @@ class TestStrips:
     def test_blocks_cover_a_region_once_and_are_small(
         self, shape: tuple[int, ...], tile: tuple[int, int], data: st.DataObject
     ) -> None:
+        # A block may have a single position, so that a larger region may have millions of them.
+        self.assert_covered(shape, tile, data.draw(regions_of(shape[2:], most=60)))
+
+    @pytest.mark.parametrize(
+        ("shape", "tile"),
+        [
+            ((1, 64, 3000, 2999), (256, 300)),
+            ((3, 5, 2999, 3000), (2000, 1)),
+            ((1, 1, 3000, 3000), (2000, 2000)),
+            ((7, 2900, 1, 3000), (1, 2000)),
+            ((3000, 1, 2998, 9), (11, 1999)),
+        ],
+    )
+    def test_blocks_cover_a_large_map_once_and_are_small(
+        self, shape: tuple[int, ...], tile: tuple[int, int]
+    ) -> None:
+        height, width = shape[2:]
+        self.assert_covered(shape, tile, Region(Interval(0, height), Interval(0, width)))
+        self.assert_covered(shape, tile, Region(Interval(height // 3, height), Interval(width // 3, width)))
+
+    def assert_covered(self, shape: tuple[int, ...], tile: tuple[int, int], inside: Region) -> None:
         strips = Strips.suited(StoreSpec(shape, torch.float64, (2, 3)), tile)
         rows, cols = (Interval(start, start + 1) for start in (shape[2] - 1, shape[3] - 1))
-        inside = data.draw(regions_of(shape[2:]))
         blocks = list(strips.blocks(inside))
         assert sum(block.part.rows.size * block.part.cols.size for block in blocks) == (
             inside.rows.size * inside.cols.size
