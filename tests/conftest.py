@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import logging
 import os
 import threading
@@ -41,10 +42,23 @@ hypothesis.settings.register_profile("steady", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("steady")
 
 
+_TESTS_BETWEEN_FREEZES = 50
+_num_tests = itertools.count(1)
+
+
 def pytest_collection_finish() -> None:
     # The collector would walk all of PyTorch's objects again and again.
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    # And all that modules, caches and pytest keep of earlier tests: after thousands of them a full
+    # collection takes two seconds, and each capture of code that Dynamo cannot follow makes one.
+    if next(_num_tests) % _TESTS_BETWEEN_FREEZES == 0:
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -54,7 +68,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:
+        # The other would note for CUDA where it was called from, line by line.
+        torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
