@@ -41,6 +41,24 @@ def patches(x: Tensor) -> Tensor:
     return rearrange(x, "n c (h p) (w q) -> n c (p q) (h w)", p=2, q=2)
 
 
+def upright(x: Tensor) -> Tensor:
+    """Stripes of two columns, each an image of the batch, as in CSWin."""
+    return rearrange(x, "n c h (w q) -> (n w) c h q", q=2)
+
+
+def lying(x: Tensor) -> Tensor:
+    """Stripes of two rows, turned on their sides."""
+    return rearrange(x, "n c (h p) w -> (h n) c w p", p=2)
+
+
+def rows(x: Tensor) -> Tensor:
+    return rearrange(x, "n c h w -> (n h) c w")
+
+
+def columns(x: Tensor) -> Tensor:
+    return rearrange(x, "n c h w -> (w n) c h")
+
+
 def chain(*layers: nn.Module | Callable[[Tensor], Tensor]) -> nn.Module:
     """Functions and layers in a row, with a state that shows errors."""
     modules = [each if isinstance(each, nn.Module) else Applied(each) for each in layers]
@@ -88,6 +106,31 @@ IMAGES: dict[str, Callable[[], nn.Module]] = {
     "convolutions along windows": lambda: chain(
         windows, nn.Flatten(2), nn.Conv1d(WIDTH, 4, 3, padding=1), nn.AvgPool1d(2), nn.MaxPool1d(2)
     ),
+    "convolutions of upright stripes": lambda: chain(
+        upright,
+        nn.Conv2d(WIDTH, 4, 3, padding=1),
+        torch.sin,
+        nn.Conv2d(4, 4, (4, 2), (2, 1), (1, 0), groups=2),
+    ),
+    "convolutions of lying stripes": lambda: chain(
+        lying, nn.Conv2d(WIDTH, 4, (3, 1), 2, dilation=2, bias=False), nn.Conv2d(4, 2, 3, padding="same")
+    ),
+    "convolutions of one image's stripes": lambda: chain(
+        lambda x: upright(x[:1]), nn.Conv2d(WIDTH, 4, 3, padding=1), torch.sin
+    ),
+    "convolutions of rows": lambda: chain(
+        rows,
+        nn.Conv1d(WIDTH, 4, 3, 2, 1),
+        nn.Conv1d(4, 4, 1),
+        torch.sin,
+        nn.Conv1d(4, 4, 3, padding="same", groups=2),
+    ),
+    "convolutions of columns": lambda: chain(
+        columns, nn.Conv1d(WIDTH, 4, 4, dilation=2, bias=False), torch.sin
+    ),
+    "convolutions of one image's columns": lambda: chain(
+        lambda x: columns(x[:1]), nn.Conv1d(WIDTH, 4, 3, padding=2), torch.sin
+    ),
     "a mean of tokens": lambda: chain(lambda x: tokens_last(x).square(), nn.AdaptiveAvgPool1d(1)),
     "a mean of windows": lambda: chain(windows, nn.Flatten(2), nn.AdaptiveAvgPool1d(1), torch.sin),
     "a frame around channels": lambda: chain(
@@ -108,7 +151,7 @@ def test_images_with_merged_axes_stream(case: Callable[[], nn.Module], train: bo
 WHOLE: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "group norm of rows": (
         "aten.group_norm: it is not applied to images or tokens",
-        lambda: chain(lambda x: rearrange(x, "n c h w -> (n h) c w"), nn.GroupNorm(2, WIDTH)),
+        lambda: chain(rows, nn.GroupNorm(2, WIDTH)),
     ),
     "group norm with positions as channels": (
         "aten.group_norm: it is not applied to images or tokens",

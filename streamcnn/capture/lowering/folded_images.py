@@ -66,13 +66,16 @@ def _along_one_axis(tracer: FoldingTracer, call: Call) -> Any:
 
 
 def _convolution(tracer: FoldingTracer, call: Call) -> Any:
-    """Translate a convolution of each image by itself, or one whose kernel has one position."""
+    """Translate a convolution of each image by itself, of stripes, or one whose kernel has one position."""
     value = _first_of(tracer, call)
     if isinstance(value, NotStreamable) or _lies_in_batch(tracer, value):
         return _by_image(tracer, call)
     weight, bias, stride, padding, groups = call.bind("weight", "bias", "stride", "padding", "groups")
     kernel = tracer.spec(weight).shape
     if any(extent != 1 for extent in kernel[2:]) or any(step != 1 for step in stride) or _pads(padding):
+        across = [axis for axis in tracer.axes(value.ref) or () if axis in value.span(0)]
+        if len(across) == 1 and all(run == 1 for run in value.runs[1:]):
+            return _of_stripes(tracer, call, value, across[0])
         return NotStreamable("it works along merged axes of space")
     matrices = reshaped(tracer, weight, (*kernel[:2], 1, 1))
     return _as_image(
@@ -81,6 +84,50 @@ def _convolution(tracer: FoldingTracer, call: Call) -> Any:
         value,
         lambda image: Call(aten.conv2d.default, (image, matrices, bias, [1, 1], [0, 0], [1, 1], groups), {}),
     )
+
+
+def _of_stripes(tracer: FoldingTracer, call: Call, value: Folded, across: int) -> Any:
+    """Translate a convolution along one spatial axis: add the other one, with one position of the kernel.
+
+    The images are stripes of a map, or its rows or columns. They lie in the batch, among whose axes is the
+    other spatial axis, ``across``.
+    """
+    weight, bias, stride, padding, dilation, groups = call.bind(
+        "weight", "bias", "stride", "padding", "dilation", "groups"
+    )
+    axes, kernel, channels = tracer.axes(value.ref), tracer.spec(weight).shape, value.starts[1]
+    assert axes is not None
+    # A single image may come without a batch.
+    if channels in axes or len(kernel) != len(value.runs):
+        return _NO_IMAGES
+    image = list(value.starts[2:])
+    # Images have their rows before their columns.
+    places = [across, *image] if len(image) == 2 else list(axes)
+    place = places.index(across)
+
+    def with_one(numbers: Sequence[int], own: int) -> list[int]:
+        each = [*numbers] * (len(image) // len(numbers))
+        return [*each[:place], own, *each[place:]]
+
+    packet = (aten.conv2d, aten.conv3d)[len(image) - 1]
+    target = packet.padding if isinstance(padding, str) else packet.default
+    around = padding if isinstance(padding, str) else with_one(padding, 0)
+    matrices = reshaped(tracer, weight, (*kernel[:2], *with_one(kernel[2:], 1)))
+    lead = [axis for axis in value.span(0) if axis != across]
+    order = [*lead, channels, *places]
+    turned = tracer.stream(Call(aten.permute.default, (value.ref, order), {}))
+    before = tracer.spec(turned).shape
+    batch = before[: len(lead)]
+    joined = tracer.stream(Call(aten.reshape.default, (turned, (math.prod(batch), *before[len(lead) :])), {}))
+    options = (with_one(stride, 1), around, with_one(dilation, 1), groups)
+    result = tracer.stream(Call(target, (joined, matrices, bias, *options), {}))
+    if isinstance(result, NotStreamable):
+        return result
+    apart = (*batch, *tracer.spec(result).shape[1:])
+    result = tracer.stream(Call(aten.reshape.default, (result, apart), {}))
+    back = [order.index(axis) for axis in range(len(order))]
+    result = tracer.stream(Call(aten.permute.default, (result, back), {}))
+    return as_seen(tracer, result, value.runs, tracer.fake_seen(call).shape)
 
 
 def _pads(padding: Any) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils import _pytree as pytree
 
-from streamcnn.graph.ops import attention, images, normalization, products, shape, sliding_blocks
+from streamcnn.graph.ops import attention, convolution, images, normalization, products, shape, sliding_blocks
 from streamcnn.graph.ops.rules import Call, NotStreamable, Tracer, rule_for
 from streamcnn.graph.program import Ref
 
@@ -74,6 +74,8 @@ MERGING = (
     sliding_blocks.blocks,
     # Of lines (H, C, W), as those of a single image are, and of volumes.
     images.along_one_axis,
+    # Of stripes of a single image.
+    convolution.conv2d,
     normalization.batch_norm,
     normalization.group_norm,
     normalization.instance_norm,
