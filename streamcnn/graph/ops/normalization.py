@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamcnn.graph.costs import Cost, Operation, Saves, declare
+from streamcnn.graph.costs import Cost, Operation, Saves, cost_of, declare
+from streamcnn.graph.ops import whole_norms
 from streamcnn.graph.ops.moments import Moments
 from streamcnn.graph.ops.norm_pass import normalize, normalize_images, scale_and_shift
 from streamcnn.graph.ops.pointwise import cast, per_position, pointwise, trailing_norm
@@ -64,7 +65,9 @@ def _fixed(tracer: Tracer, call: Call, ref: Ref) -> Ref:
         return normalized(tracer, ref, mean, variance, weight, bias, eps)
     values = {p.name: _as_statistics(tracer, ref, p) for p in call.args[1:5] if isinstance(p, Ref)}
     args = (ref, *(values[p.name] if isinstance(p, Ref) else p for p in call.args[1:]))
-    return per_position(tracer, Call(call.target, args, call.kwargs), ref)
+    # On a tile, too, kernels may misread gradients.
+    target = cost_of(call.target).on_whole or call.target
+    return per_position(tracer, Call(target, args, call.kwargs), ref)
 
 
 @rule(aten.batch_norm.default, without_maps=True)
@@ -93,29 +96,13 @@ def batch_norm(tracer: Tracer, call: Call) -> Any:
 
 def _rate(tracer: Tracer, momentum: float | Ref) -> Any:
     """The weight of the new statistics; for a cumulative average, computed from the module's counter."""
-    return tracer.global_value(cumulative_rate, momentum) if isinstance(momentum, Ref) else momentum
-
-
-def cumulative_rate(counter: Tensor) -> Tensor:
-    """One over the number of batches seen, including this one."""
-    return counter.double().reciprocal()
+    if not isinstance(momentum, Ref):
+        return momentum
+    return tracer.global_value(whole_norms.cumulative_rate, momentum)
 
 
 def _update_running(tracer: Tracer, running: Ref, value: Ref, rate: Any, factor: float) -> None:
-    tracer.update(running, tracer.global_value(mixed, running, value, rate, factor))
-
-
-def mixed(running: Tensor, value: Tensor, rate: float | Tensor, factor: float) -> Tensor:
-    """``(1 - rate) * running + rate * factor * value``, rounded once to the running value's dtype.
-
-    It has no gradient.
-    """
-    dtype = torch.promote_types(running.dtype, value.dtype)
-    mean = running.detach().to(dtype) * (1 - rate)
-    new = value.detach().to(dtype)
-    # As few small kernels as possible.
-    mean = mean + new * (factor * rate) if isinstance(rate, Tensor) else mean.add_(new, alpha=factor * rate)
-    return mean.to(running.dtype)
+    tracer.update(running, tracer.global_value(whole_norms.mixed, running, value, rate, factor))
 
 
 def _global_batch_norm(
@@ -131,42 +118,17 @@ def _global_batch_norm(
     """Train-mode batch norm of a global value, with its buffers' new values as results."""
     if running_mean is None:
         result: Ref = tracer.global_value(
-            torch.batch_norm, ref, weight, bias, None, None, True, 0.0, eps, False
+            aten.batch_norm.default, ref, weight, bias, None, None, True, 0.0, eps, False
         )
         return result
     assert running_var is not None
     rate = _rate(tracer, momentum)
     result, new_mean, new_var = tracer.global_value(
-        functional_batch_norm, ref, weight, bias, running_mean, running_var, rate, eps
+        whole_norms.functional_batch_norm, ref, weight, bias, running_mean, running_var, rate, eps
     )
     tracer.update(running_mean, new_mean)
     tracer.update(running_var, new_var)
     return result
-
-
-def functional_batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    rate: float | Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Train-mode batch norm that returns the new running statistics, and writes to nothing.
-
-    No running statistics get a gradient; those given may come from an earlier use of the same norm.
-    """
-    running_mean, running_var = running_mean.detach(), running_var.detach()
-    enabled = torch.backends.cudnn.enabled
-    if not isinstance(rate, Tensor):
-        mean, variance = running_mean.clone(), running_var.clone()
-        y = torch.batch_norm(x, weight, bias, mean, variance, True, rate, eps, enabled)
-        return y, mean, variance
-    # If the rate is a tensor, mix the batch's own statistics, which a rate of 1 gives.
-    mean, variance = torch.zeros_like(running_mean), torch.zeros_like(running_var)
-    y = torch.batch_norm(x, weight, bias, mean, variance, True, 1.0, eps, enabled)
-    return y, mixed(running_mean, mean, rate, 1.0), mixed(running_var, variance, rate, 1.0)
 
 
 @rule(aten.instance_norm.default, without_maps=True)
@@ -206,26 +168,11 @@ def _whole_instance_norm(tracer: Tracer, call: Call) -> Any:
     if not own_statistics or running_mean is None:
         return tracer.global_value(call.target, *call.args, **call.kwargs)
     result, new_mean, new_var = tracer.global_value(
-        functional_instance_norm, ref, weight, bias, running_mean, running_var, momentum, eps
+        whole_norms.functional_instance_norm, ref, weight, bias, running_mean, running_var, momentum, eps
     )
     tracer.update(running_mean, new_mean)
     tracer.update(running_var, new_var)
     return result
-
-
-def functional_instance_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    momentum: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Instance norm that returns the new running statistics, without gradients, and writes to nothing."""
-    mean, var = running_mean.detach().clone(), running_var.detach().clone()
-    enabled = torch.backends.cudnn.enabled
-    return torch.instance_norm(x, weight, bias, mean, var, True, momentum, eps, enabled), mean, var
 
 
 def repeated(parameter: Tensor, times: int) -> Tensor:

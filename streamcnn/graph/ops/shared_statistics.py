@@ -20,9 +20,10 @@ from torch import distributed as dist
 from streamcnn.graph.costs import Cost, declare
 from streamcnn.graph.ops.moments import Moments
 from streamcnn.graph.ops.norm_pass import normalize, scale_and_shift
-from streamcnn.graph.ops.normalization import cumulative_rate, is_of_images, mixed, normalized
+from streamcnn.graph.ops.normalization import is_of_images, normalized
 from streamcnn.graph.ops.reduction_types import statistics_dtype
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
+from streamcnn.graph.ops.whole_norms import cumulative_rate, mixed
 
 _SCHEMA = (
     "(Tensor input, Tensor? weight, Tensor? bias, float eps, str group, Tensor? after=None)"
