@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from helpers import assert_streamed_equals_plain
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from streamcnn import StreamingModel, UnsupportedModel
 
@@ -136,3 +138,36 @@ def test_guided_backpropagation() -> None:
 
     torch.manual_seed(0)
     assert_streamed_equals_plain(Net(body), (2, 3, 29, 37), tile=16, resident=None)
+
+
+class Kept(nn.Module):
+    """A net that keeps the handle of the hook that it sets on its features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 2)
+        self.handle: RemovableHandle | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).mean((2, 3)).sin()
+        self.handle = y.register_hook(hook)
+        with y.register_hook(hook):
+            pass
+        return self.head(y)
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_a_hook_may_be_removed_until_the_gradient_arrives(removed: bool) -> None:
+    net = Kept().double()
+    found = []
+    for model in (net, StreamingModel(net, tile=8)):
+        out = model(torch.ones(1, 3, 20, 16, dtype=torch.float64))
+        assert isinstance(net.handle, RemovableHandle)
+        loss = out.square().sum()
+        first = torch.autograd.grad(loss, net.first.weight, retain_graph=True)[0]
+        if removed:
+            net.handle.remove()
+        found.append((first, torch.autograd.grad(loss, net.first.weight)[0]))
+        assert torch.equal(*found[-1]) != removed
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
+    pickle.dumps(net)

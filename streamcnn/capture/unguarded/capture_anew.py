@@ -111,7 +111,7 @@ def _traced_in(
         grad=grad,
         device=image.device,
         path_of=str,
-        hooks=call.noted.hooks,
+        hooks={name: hook for name, hook in call.noted.hooks.items() if hook.is_set},
     )
     constants = {
         node.target: getattr(flat, node.target) for node in flat.graph.nodes if node.op == "get_attr"

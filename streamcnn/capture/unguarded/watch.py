@@ -26,12 +26,14 @@ from torch.fx.experimental.proxy_tensor import (
 )
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from streamcnn.capture.lines import TORCH_FOLDER, called_by_user
 from streamcnn.capture.refused_functions import refuse_address, refuse_function, refuse_of_image
 from streamcnn.capture.unguarded.blind import BLIND
 from streamcnn.capture.unguarded.known_shapes import KnownShapes
 from streamcnn.capture.unguarded.known_values import KnownValues, called_on_values
+from streamcnn.capture.unguarded.removable_hooks import RemovableHook
 from streamcnn.capture.unguarded.replaced_functions import refuse_bound
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.flattening import drawn_between
@@ -69,7 +71,7 @@ _STANDING_FOR_OPERATORS = tuple(
 class Noted:
     """Notes on what a forward pass has done."""
 
-    hooks: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    hooks: dict[str, RemovableHook] = field(default_factory=dict)
     """Hooks on gradients, by the names of the traced calls that set them."""
     made: list[weakref.ref[Tensor]] = field(default_factory=list)
     """Tensors that functions have returned."""
@@ -255,7 +257,7 @@ class Watch(TorchFunctionMode):
                 "so before its first use, or outside of the forward pass"
             )
 
-    def _hook(self, tensor: Tensor, hook: Callable[..., Any]) -> _Handle:
+    def _hook(self, tensor: Tensor, hook: Callable[..., Any]) -> RemovableHandle:
         proxy = proxy_of(tensor)
         node = None if proxy is None else proxy.node
         if node is None or (node.op == "placeholder" and node.name != self.image_name):
@@ -263,9 +265,8 @@ class Watch(TorchFunctionMode):
                 "the forward pass sets a hook on the gradient of a parameter, a buffer or a tensor from "
                 "outside: set it once, outside of the forward pass"
             )
-        name = record_hook(tensor)
-        self.noted.hooks[name] = hook
-        return _Handle(self.noted.hooks, name)
+        noted = self.noted.hooks[record_hook(tensor)] = RemovableHook(hook)
+        return noted.handle
 
 
 _OF_NODES = ("name", "next_functions", "metadata")
@@ -326,15 +327,3 @@ def _set_data(tensor: Tensor, value: Tensor) -> None:
         )
     with torch.no_grad():
         tensor.detach().copy_(value)
-
-
-@dataclass(slots=True)
-class _Handle:
-    """The handle that setting a hook returns."""
-
-    hooks: dict[str, Callable[..., Any]]
-    name: str
-
-    def remove(self) -> None:
-        """Remove the hook."""
-        self.hooks.pop(self.name, None)
