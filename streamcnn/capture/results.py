@@ -9,10 +9,12 @@ from typing import Any
 
 from torch.utils import _pytree as pytree
 
+from streamcnn.support.sizes import is_size
+
 
 def taken_apart(value: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
     """The leaves of nested containers and dataclasses, and a function that rebuilds these from leaves."""
-    leaves, spec = pytree.tree_flatten(value)
+    leaves, spec = pytree.tree_flatten(value, is_leaf=is_size)
     inner: list[tuple[int, Callable[[Sequence[Any]], Any]]] = []
     flat: list[Any] = []
     for leaf in leaves:

@@ -13,6 +13,7 @@ from streamcnn.capture.capture import named_arguments
 from streamcnn.capture.forward_pass import stand_in
 from streamcnn.data.map_reader import MapReader
 from streamcnn.data.sources import ImageSource
+from streamcnn.support.sizes import is_size
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,7 +66,7 @@ class Arguments:
         """The result of a module, with the sources themselves in place of their stand-ins."""
         if not self.passed:
             return result
-        return pytree.tree_map(lambda each: self.passed.get(id(each), each), result)
+        return pytree.tree_map(lambda each: self.passed.get(id(each), each), result, is_leaf=is_size)
 
 
 def _is_map(value: Any) -> bool:

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from streamcnn.capture.subclasses import has_own_functions
 from streamcnn.data.reader import Image
 from streamcnn.errors import DatasetMismatch, UnsupportedModel
+from streamcnn.support.sizes import is_size
 
 
 def image_by_name(net: nn.Module, kwargs: Mapping[str, Any]) -> tuple[Image, dict[str, Any]]:
@@ -91,7 +92,10 @@ def like_image(image: Image, results: Any) -> Any:
         return results
     own = has_own_functions(kind)
     return pytree.tree_map_only(
-        Tensor, lambda each: _of_function(image, each) if own else _of_class(kind, each), results
+        Tensor,
+        lambda each: _of_function(image, each) if own else _of_class(kind, each),
+        results,
+        is_leaf=is_size,
     )
 
 

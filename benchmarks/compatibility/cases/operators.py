@@ -513,6 +513,16 @@ CASES.on_map(
 CASES.on_map("softmax over space", lambda x: x.flatten(2).softmax(-1).view_as(x) * 100)
 CASES.on_map("logsumexp over space", lambda x: x.logsumexp((2, 3), keepdim=True))
 CASES.on_map("std and var over space", lambda x: (x / x.std((2, 3), keepdim=True)) ** 2)
+
+
+def _short_time_fourier(x: Tensor) -> Tensor:
+    window = torch.hann_window(8, dtype=x.dtype)
+    rows = x.flatten(0, 2)
+    spectrum = torch.stft(rows, 8, 4, window=window, return_complex=True)
+    return torch.istft(spectrum, 8, 4, window=window, length=x.shape[3]).view_as(x)
+
+
+CASES.on_map("torch.istft of rows", _short_time_fourier, expected="istft.* looks at the values")
 CASES.on_map(
     "quantile over space", lambda x: x.flatten(2).quantile(0.9, -1)[..., None, None], expected=SAME_OR_REFUSED
 )

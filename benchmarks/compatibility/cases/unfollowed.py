@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.compatibility.case import SAME_OR_REFUSED, WIDTH, Cases, Record, Small, passes
+from benchmarks.compatibility.case import SAME_OR_REFUSED, WIDTH, Cases, Record, Small, given, passes
 from benchmarks.compatibility.cases.arguments import Filling, fill
 
 CASES = Cases("Code that Dynamo does not follow")
@@ -412,6 +412,12 @@ class TimedFilling(Filling):
 CASES.add("a timer, and a list and a dict that forward fills", TimedFilling, fill)
 
 
+@CASES("a timer, and x.new(size) of a size's part")
+class TimedNew(Timed):
+    def late(self, v: Tensor) -> Tensor:
+        return v * v.new(v.size()[1:]).fill_(2).sum()
+
+
 def _penalised(model: Any, net: Any, record: Record) -> None:
     image = record.image()
     (model(image).sum() + net.penalty()).backward()
@@ -426,3 +432,21 @@ class TimedClosure(Timed):
 
 
 CASES.add("a timer, and a closure keeps a weight", TimedClosure, _penalised, expected="leaves a tensor")
+
+
+class Sized(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, size: torch.Size) -> Tensor:
+        ctx.size = size
+        return v * v.new(size).fill_(1).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * grads[0].new(ctx.size).fill_(1).sum(), None
+
+
+@CASES("a timer, and sizes are an argument and a Function's operand", given(lambda _: (torch.Size([3]),)))
+class TimedSize(Timed):
+    def forward(self, x: Tensor, size: torch.Size) -> Any:
+        v = Sized.apply(self.maps(x).mean((2, 3)), x.size()[2:])
+        return self.head(v) * v.new(size).fill_(1).sum()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils import _pytree as pytree
 
 from streamcnn.capture.capture import RawNode
@@ -45,12 +46,15 @@ class FakeCalls:
         Raises
         ------
         UnsupportedModel
-            If the operands' dtypes differ where the operator does not allow it.
+            If the operands' dtypes differ where the operator does not allow it, or it looks at their values.
         """
 
         def call() -> tuple[Any, int | None]:
             _refuse_several_dtypes(raw, target, (args, kwargs))
-            result = target(*args, **kwargs)
+            try:
+                result = target(*args, **kwargs)
+            except DataDependentOutputException as error:
+                raise _refusal_of_values(raw, target, error) from error
             return result, _shares(result, (args, kwargs))
 
         casts = raw.casts if raw is not None else None
@@ -79,11 +83,24 @@ def _refuse_several_dtypes(raw: RawNode | None, target: Callable[..., Any], argu
     dtypes = dict.fromkeys(each.dtype for each in operands)
     if len(dtypes) == 1 or torch.is_autocast_enabled(operands[0].device.type):
         return
-    where = f" in {raw.source}" if raw is not None and raw.source else ""
     raise UnsupportedModel(
-        f"{target.overloadpacket}{where} is given tensors of {' and '.join(map(str, dtypes))}: allowed is "
-        "one dtype; convert the image, by image.to() or preprocess=, or the model, or use torch.autocast"
+        f"{target.overloadpacket}{_place(raw)} is given tensors of {' and '.join(map(str, dtypes))}: allowed "
+        "is one dtype; convert the image, by image.to() or preprocess=, or the model, or use torch.autocast"
     )
+
+
+def _refusal_of_values(
+    raw: RawNode | None, target: Callable[..., Any], error: DataDependentOutputException
+) -> UnsupportedModel:
+    name = target.overloadpacket if isinstance(target, OpOverload) else target
+    return UnsupportedModel(
+        f"{name}{_place(raw)} looks at the values of its operands ({error.func}), which are not known when a "
+        "pass is planned: use operators that do not, as torch.fft.irfft and F.fold instead of torch.istft"
+    )
+
+
+def _place(raw: RawNode | None) -> str:
+    return f" in {raw.source}" if raw is not None and raw.source else ""
 
 
 def target_name(raw: RawNode | None) -> str:

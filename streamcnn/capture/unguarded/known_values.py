@@ -29,6 +29,7 @@ from streamcnn.graph.fakes import memory_of
 from streamcnn.graph.flattening import UPDATING
 from streamcnn.graph.registry import is_seeded
 from streamcnn.graph.whole import Whole, beside_the_trace, proxy_in, proxy_of
+from streamcnn.support.sizes import is_size
 
 _MOST_DRAWN = 2**16
 """Random numbers of one call that are drawn to know what comes behind them."""
@@ -114,7 +115,7 @@ def called_on_values(
 
     ``values_of`` gives the values of a tensor, or None.
     """
-    given, structure = pytree.tree_flatten((args, dict(kwargs)))
+    given, structure = pytree.tree_flatten((args, dict(kwargs)), is_leaf=is_size)
     values = [values_of(each) if isinstance(each, Tensor) else each for each in given]
     if any(isinstance(each, Tensor) and value is None for each, value in zip(given, values, strict=True)):
         return NotImplemented

@@ -37,6 +37,7 @@ from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.fakes import is_fake
 from streamcnn.graph.flattening import DEFAULTS, RECOMPUTED, SEEDED, SEEDING
 from streamcnn.graph.whole import beside_the_trace
+from streamcnn.support.sizes import is_size
 
 
 @contextmanager
@@ -183,7 +184,7 @@ def _apply(net: nn.Module, traced: Callable[[Tensor], Tensor], cls: Any, *args: 
         _inner.add(cls)
         return original(*args, **kwargs)
     refuse_bound((args, kwargs))
-    args, kwargs = pytree.tree_map_only(Tensor, traced, (args, kwargs))
+    args, kwargs = pytree.tree_map_only(Tensor, traced, (args, kwargs), is_leaf=is_size)
     unrecorded = _nothing_recorded(mode.tracer.graph)
     with unrecorded, disable_proxy_modes_tracing(), nothing_changed(net, cls):
         like = original(*args, **kwargs)

@@ -38,6 +38,7 @@ from streamcnn.capture.unguarded.leftovers import (
 from streamcnn.capture.unguarded.replaced_functions import functions_replaced, refuse_bound
 from streamcnn.capture.unguarded.watch import Noted, Watch
 from streamcnn.graph.whole import proxy_of
+from streamcnn.support.sizes import is_size
 
 
 class TracedCall:
@@ -103,7 +104,9 @@ class TracedCall:
             return fakes[self.keys[id(leaf)]] if id(leaf) in self.keys else leaf
 
         def whole_or_traced(value: Any) -> Any:
-            return pytree.tree_map(traced, value, is_leaf=lambda each: isinstance(each, CONTAINERS))
+            return pytree.tree_map(
+                traced, value, is_leaf=lambda each: is_size(each) or isinstance(each, CONTAINERS)
+            )
 
         for container, key, value in list(entries_of(self.containers)):
             exchanged = whole_or_traced(value)

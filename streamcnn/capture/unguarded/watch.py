@@ -40,6 +40,7 @@ from streamcnn.graph.flattening import drawn_between
 from streamcnn.graph.in_place import resized
 from streamcnn.graph.monkeypatches import refuse_replaced
 from streamcnn.graph.whole import beside_the_trace, proxy_of, record_hook
+from streamcnn.support.sizes import is_size
 
 T = TypeVar("T")
 
@@ -176,7 +177,7 @@ class Watch(TorchFunctionMode):
             if found is not NotImplemented:
                 return found
         func = BLIND.get(func, func)
-        args, kwargs = pytree.tree_map_only(Tensor, self.traced, (args, kwargs))
+        args, kwargs = pytree.tree_map_only(Tensor, self.traced, (args, kwargs), is_leaf=is_size)
         if func == Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0].detach()
         if func == Tensor._version.__get__:  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.utils import _pytree as pytree
 
 from streamcnn.graph.whole import Whole, record_whole
+from streamcnn.support.sizes import is_size
 
 
 def called_whole(
@@ -18,8 +19,8 @@ def called_whole(
 ) -> Any:
     """Record ``function(*args, **kwargs)`` as one call; return fake results like ``like``."""
     with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
-        like = pytree.tree_map_only(Tensor, Tensor.detach, like)
-    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+        like = pytree.tree_map_only(Tensor, Tensor.detach, like, is_leaf=is_size)
+    leaves, spec = pytree.tree_flatten((args, dict(kwargs)), is_leaf=is_size)
     is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
     rest = [None if tensor else leaf for tensor, leaf in zip(is_tensor, leaves, strict=True)]
 
@@ -34,7 +35,7 @@ def called_whole(
     given = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
     recorded = record_whole(Whole(name, run_whole), given, _tensors_of(like))
     tensors = iter(pytree.tree_leaves(recorded))
-    return pytree.tree_map_only(Tensor, lambda _: next(tensors), like)
+    return pytree.tree_map_only(Tensor, lambda _: next(tensors), like, is_leaf=is_size)
 
 
 def _tensors_of(results: Any) -> Any:
