@@ -17,6 +17,7 @@ from streamcnn.capture.lowering.folding import (
     TRANSLATIONS,
     Folded,
     FoldingTracer,
+    as_folded,
     as_seen,
     is_folded,
     parts_of,
@@ -31,6 +32,7 @@ from streamcnn.graph.program import Ref
 aten = torch.ops.aten
 
 Value = Ref | Folded
+Extents = tuple[int, ...]
 
 _MIXING = NotStreamable("it mixes positions")
 
@@ -99,6 +101,73 @@ def _by_letters(
     result = tracer.stream(Call(call.target, (f"{','.join(finer)}->{result_term}", refs), {}))
     like = tracer.fake_seen(call)
     return as_seen(tracer, result, tuple(len(letters.get(each, each)) for each in right), like.shape)
+
+
+def by_letters(
+    tracer: FoldingTracer, terms: Sequence[str], right: str, operands: Sequence[Value], like: torch.Tensor
+) -> Any:
+    """Translate a product at each position or along lines, with a letter for each of the maps' own axes.
+
+    An axis that is merged in one operand is cut in the others as it is there. ``like`` is the result as the
+    code sees it.
+    """
+    values = [as_folded(tracer, value) for value in operands]
+    parts: dict[str, Extents] = {}
+    for term, value in zip(terms, values, strict=True):
+        for axis, letter in enumerate(term):
+            part = parts_of(tracer, value, axis)
+            parts[letter] = max(parts.get(letter, part), part, key=_fineness)
+    unused = iter(sorted(set(ascii_letters) - set("".join(terms))))
+    letters = {letter: letter + "".join(next(unused) for _ in part[1:]) for letter, part in parts.items()}
+    refs: list[Ref] = []
+    for term, value in zip(terms, values, strict=True):
+        cut = [_cut(parts_of(tracer, value, axis), parts[letter]) for axis, letter in enumerate(term)]
+        ref = (
+            None if None in cut else _apart(tracer, value.ref, [each for part in cut for each in part or ()])
+        )
+        if not isinstance(ref, Ref):
+            return NotStreamable("its operands have their axes of space merged differently")
+        refs.append(ref)
+    *finer, result_term = ("".join(letters[each] for each in term) for term in (*terms, right))
+    result = tracer.stream(Call(aten.einsum.default, (f"{','.join(finer)}->{result_term}", refs), {}))
+    if isinstance(result, NotStreamable):
+        return result
+    runs = tuple(len(parts[letter]) for letter in right)
+    return _joined(tracer, Folded(result, runs), like.shape)
+
+
+def _fineness(part: Extents) -> tuple[bool, int]:
+    """The order of parts of an axis: one position, which is repeated, comes before any others."""
+    return math.prod(part) > 1, len(part)
+
+
+def _cut(own: Extents, part: Extents) -> Extents | None:
+    """The extents of an operand's axis once it is cut into as many as ``part`` has; None if it cannot be."""
+    if own == part or (len(own) == 1 and own[0] == math.prod(part)):
+        return part
+    return (1,) * len(part) if math.prod(own) == 1 else None
+
+
+def _apart(tracer: FoldingTracer, ref: Ref, extents: Sequence[int]) -> Ref | NotStreamable:
+    """A value with some of its axes, other than spatial ones, cut or merged."""
+    if tracer.axes(ref) is None:
+        return reshaped(tracer, ref, tuple(extents))
+    if tracer.spec(ref).shape == tuple(extents):
+        return ref
+    result: Ref | NotStreamable = tracer.stream(Call(aten.reshape.default, (ref, tuple(extents)), {}))
+    return result
+
+
+def _joined(tracer: FoldingTracer, value: Folded, shape: Sequence[int]) -> Any:
+    """A map whose merged axes without positions, such as all those of a line, are one axis again."""
+    axes = tracer.axes(value.ref) or ()
+    extents: list[int] = []
+    runs: list[int] = []
+    for axis, extent in enumerate(shape):
+        is_merged = value.runs[axis] > 1 and not set(value.span(axis)).isdisjoint(axes)
+        extents += parts_of(tracer, value, axis) if is_merged else (extent,)
+        runs.append(value.runs[axis] if is_merged else 1)
+    return as_seen(tracer, _apart(tracer, value.ref, extents), tuple(runs), shape)
 
 
 def _as_matrices(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from string import ascii_letters
+from string import ascii_lowercase
 from typing import Any
 
 import torch
 
+from streamcnn.capture.lowering.folded_equations import by_letters
 from streamcnn.capture.lowering.folding import (
     TRANSLATIONS,
     Folded,
@@ -147,57 +148,17 @@ def _along_lines(
     if any(shape[: sum(batch)] != shapes[0][: sum(batch)] for shape in shapes):
         return NotStreamable("its operands have their axes of space merged differently")
     if len(operands) == 2:
-        return _product_along_lines(tracer, operands[0], operands[1], like)
+        if all(run == 1 for each in operands for run in each.runs[-2:]):
+            result = tracer.stream(Call(aten.matmul.default, tuple(each.ref for each in operands), {}))
+            return as_seen(tracer, result, (*batch, 1, 1), like.shape)
+        letters = ascii_lowercase[: len(batch)]
+        return by_letters(tracer, [letters + "XY", letters + "YZ"], letters + "XZ", operands, like)
     query, key, value = operands
     if any(x.runs != query.runs for x in operands) or query.runs[-1] > 1 or call.bind("is_causal")[0]:
         return NotStreamable("it mixes positions")
     (scale,) = call.bind("scale")
     result = attention.attend_along(tracer, (query.ref, key.ref, value.ref), query.runs[-2], scale)
     return as_seen(tracer, result, query.runs, like.shape)
-
-
-def _product_along_lines(tracer: FoldingTracer, first: Folded, second: Folded, like: torch.Tensor) -> Any:
-    """Translate a product of matrices that has a name for each of the maps' own axes."""
-    rows, columns = parts_of(tracer, first, -2), parts_of(tracer, second, -1)
-    sums = max(parts_of(tracer, first, -1), parts_of(tracer, second, -2), key=len)
-    batch = first.runs[:-2]
-    extents = tracer.spec(first.ref).shape[: sum(batch)]
-    refs = [
-        _apart(tracer, first, (*extents, *rows, *sums)),
-        _apart(tracer, second, (*extents, *sums, *columns)),
-    ]
-    refused = next((ref for ref in refs if isinstance(ref, NotStreamable)), None)
-    if refused is not None:
-        return refused
-    result = tracer.stream(_product_of_parts(refs, [len(part) for part in (extents, rows, sums, columns)]))
-    if isinstance(result, NotStreamable):
-        return result
-    # Rows or columns that have all positions of a line are one axis again.
-    place, ends, runs = len(extents), [*extents], [*batch]
-    for part, extent in zip((rows, columns), like.shape[-2:], strict=True):
-        own = range(place, place := place + len(part))
-        has_positions = not set(own).isdisjoint(tracer.axes(result) or ())
-        ends += part if has_positions else (extent,)
-        runs.append(len(part) if has_positions else 1)
-    merged = _apart(tracer, as_folded(tracer, result), tuple(ends))
-    return as_seen(tracer, merged, tuple(runs), like.shape)
-
-
-def _product_of_parts(refs: list[Ref], counts: Sequence[int]) -> Call:
-    """A product of matrices of which batch, rows, sum and columns have so many axes."""
-    if max(counts[1:]) == 1:
-        return Call(aten.matmul.default, tuple(refs), {})
-    names = iter(ascii_letters)
-    batch, rows, sums, columns = ("".join(next(names) for _ in range(count)) for count in counts)
-    equation = f"{batch}{rows}{sums},{batch}{sums}{columns}->{batch}{rows}{columns}"
-    return Call(aten.einsum.default, (equation, refs), {})
-
-
-def _apart(tracer: FoldingTracer, value: Folded, extents: tuple[int, ...]) -> Any:
-    """A map with some of its axes, other than spatial ones, cut or merged."""
-    if tracer.spec(value.ref).shape == extents:
-        return value.ref
-    return tracer.stream(Call(aten.reshape.default, (value.ref, extents), {}))
 
 
 def _place(tracer: FoldingTracer, value: Folded) -> int | None:
