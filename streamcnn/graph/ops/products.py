@@ -20,12 +20,14 @@ from streamcnn.graph.costs import FACTORS, Cost, Operand, Operation, Routine, Sa
 from streamcnn.graph.ops.reduction_types import ProductSum
 from streamcnn.graph.ops.rules import Call, NotStreamable, Pair, Sample, Tracer, rule
 from streamcnn.graph.ops.samples import chain
-from streamcnn.graph.program import Access, Axes, Ref
+from streamcnn.graph.program import Access, Ref
 
 aten = torch.ops.aten
 
 Labels = Sequence[str]
 """A name for each axis, as in an equation of ``einsum``; axes of the same name have the same index."""
+Names = tuple[str, str]
+"""The names of the rows and of the columns."""
 
 
 @rule(aten.matmul.default, aten.bmm.default, aten.mm.default)
@@ -39,7 +41,11 @@ def matrix_product(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     labels = [
         (*batch[max(ndims) - ndim :], *matrix) for ndim, matrix in zip(ndims, ("ik", "kj"), strict=True)
     ]
-    return _product(tracer, call, [(first, labels[0]), (second, labels[1])], (*batch, *"ij"))
+    operands, result = [(first, labels[0]), (second, labels[1])], (*batch, *"ij")
+    positions = _positions(tracer, operands, result)
+    if isinstance(positions, NotStreamable):
+        return positions
+    return _product(tracer, call, operands, result, positions)
 
 
 @rule(aten.einsum.default)
@@ -51,23 +57,22 @@ def einsum(tracer: Tracer, call: Call) -> Ref | NotStreamable:
         return named
     *terms, result = named
     operands = list(zip(refs, terms, strict=True))
-    maps = [pair for pair in operands if tracer.axes(pair[0]) is not None]
-    placed = _placed(tracer, call, maps, result)
-    if isinstance(placed, NotStreamable):
-        return placed
-    rows, cols = (result[axis] for axis in placed[0])
-    lifted = [_with_positions(tracer, *pair, rows, cols) for pair in operands]
+    positions = _positions(tracer, operands, result)
+    if isinstance(positions, NotStreamable):
+        return positions
+    lifted = [_with_positions(tracer, *pair, positions) for pair in operands]
     if lifted != operands:
         equation = f"{','.join(term for _, term in lifted)}->{result}"
         call = Call(call.target, (equation, [ref for ref, _ in lifted]), {})
-    return _product(tracer, call, lifted, result)
+    return _product(tracer, call, lifted, result, positions)
 
 
-def _with_positions(tracer: Tracer, ref: Ref, term: str, rows: str, cols: str) -> tuple[Ref, str]:
+def _with_positions(tracer: Tracer, ref: Ref, term: str, positions: Names) -> tuple[Ref, str]:
     """A global operand of ``einsum`` as a map if it has an axis of positions, as a table of distances has.
 
-    ``rows`` and ``cols`` are their letters. One that it lacks is put in front, with one position.
+    An axis of positions that it lacks is put in front, with one position.
     """
+    rows, cols = positions
     extents = dict(zip(term, tracer.spec(ref).shape, strict=True))
     has_positions = extents.get(rows, 1) > 1 or extents.get(cols, 1) > 1
     if tracer.axes(ref) is not None or not has_positions or len(extents) < len(term):
@@ -126,52 +131,53 @@ def _batch(count: int) -> Labels:
     return [f"batch {index}" for index in range(count)]
 
 
+def _positions(
+    tracer: Tracer, operands: Sequence[tuple[Ref, Labels]], result: Labels
+) -> Names | NotStreamable:
+    """The names of the result's spatial axes, which are those of one of the maps."""
+    maps = [(labels, axes) for ref, labels in operands if (axes := tracer.axes(ref)) is not None]
+    places = [(labels[rows], labels[cols]) for labels, (rows, cols) in maps]
+    positions = next((place for place in places if set(place) <= set(result)), places[0])
+    if any(labels.count(name) > 1 for _, labels in operands for name in positions):
+        return NotStreamable("it takes a diagonal of positions")
+    return positions if set(positions) <= set(result) else NotStreamable("it mixes positions")
+
+
 def _product(
-    tracer: Tracer, call: Call, operands: Sequence[tuple[Ref, Labels]], result: Labels
+    tracer: Tracer, call: Call, operands: Sequence[tuple[Ref, Labels]], result: Labels, positions: Names
 ) -> Ref | NotStreamable:
     """Record a call that sums over axes of ``operands`` that ``result`` lacks."""
-    placed = _placed(tracer, call, operands, result)
-    if isinstance(placed, NotStreamable):
-        return placed
-    axes, accesses = placed
+    axes = (result.index(positions[0]), result.index(positions[1]))
     like = tracer.fake(call)
+    accesses = _accesses(tracer, operands, positions, (like.shape[axes[0]], like.shape[axes[1]]))
+    if isinstance(accesses, NotStreamable):
+        return accesses
     return tracer.local(
         call.target, call.args, call.kwargs, like=like, axes=axes, accesses=accesses, heavy=True
     )
 
 
-def _placed(
-    tracer: Tracer, call: Call, operands: Sequence[tuple[Ref, Labels]], result: Labels
-) -> tuple[Axes, dict[str, Access]] | NotStreamable:
-    """The result's spatial axes, which are those of one of the maps, and the accesses to all of them."""
-    maps = [(ref, labels, axes) for ref, labels in operands if (axes := tracer.axes(ref)) is not None]
-    places = [(labels[rows], labels[cols]) for _, labels, (rows, cols) in maps]
-    rows, cols = next((place for place in places if set(place) <= set(result)), places[0])
-    if any(labels.count(name) > 1 for _, labels in operands for name in (rows, cols)):
-        return NotStreamable("it takes a diagonal of positions")
-    if not {rows, cols} <= set(result):
-        return NotStreamable("it mixes positions")
-    axes = (result.index(rows), result.index(cols))
-    shape = tracer.fake(call).shape
-    for ref, labels in operands:
-        extents = dict(zip(labels, tracer.spec(ref).shape, strict=True))
-        is_map = tracer.axes(ref) is not None
-        for name, axis in zip((rows, cols), axes, strict=True):
-            if extents.get(name, 1) not in ((1, shape[axis]) if is_map else (1,)):
-                return NotStreamable("its operands have different positions")
+def _accesses(
+    tracer: Tracer, operands: Sequence[tuple[Ref, Labels]], positions: Names, extents: Pair
+) -> dict[str, Access] | NotStreamable:
+    """How a product, with these names and extents of its rows and columns, reads the maps it is given."""
     accesses: dict[str, Access] = {}
-    for (ref, _, own), place in zip(maps, places, strict=True):
-        own_shape = tracer.spec(ref).shape
-        before, after = (own_shape[own[0]], own_shape[own[1]]), (shape[axes[0]], shape[axes[1]])
-        access = _along_one_axis(place, (rows, cols), before, after)
+    for ref, labels in operands:
+        axes, shape = tracer.axes(ref), tracer.spec(ref).shape
+        own = dict(zip(labels, shape, strict=True))
+        for name, extent in zip(positions, extents, strict=True):
+            if own.get(name, 1) not in ((1,) if axes is None else (1, extent)):
+                return NotStreamable("its operands have different positions")
+        if axes is None:
+            continue
+        place = (labels[axes[0]], labels[axes[1]])
+        access = _along_one_axis(place, positions, (own[place[0]], own[place[1]]), extents)
         if access is None or accesses.setdefault(ref.name, access) != access:
             return NotStreamable("its operands have their spatial axes at different places")
-    return axes, accesses
+    return accesses
 
 
-def _along_one_axis(
-    place: tuple[str, str], wanted: tuple[str, str], before: Pair, after: Pair
-) -> Access | None:
+def _along_one_axis(place: Names, wanted: Names, before: Pair, after: Pair) -> Access | None:
     """How a map is read whose rows and columns have the names ``place``, where the result's have ``wanted``.
 
     If only its rows are the result's, each of them meets all of its columns, and likewise for columns; if
