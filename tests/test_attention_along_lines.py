@@ -29,6 +29,11 @@ def products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return (query * 0.3 @ key.transpose(-2, -1)).softmax(-1) @ value
 
 
+def by_equation(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    shares = torch.einsum("bhqd,bhkd->bhqk", query * 0.3, key).softmax(-1)
+    return torch.einsum("bhqk,bhkd->bhqd", shares, value)
+
+
 class Rows(nn.Module):
     """Attention within rows, each an image of a longer batch (axial attention)."""
 
@@ -218,6 +223,7 @@ LINES: dict[str, Callable[[], nn.Module]] = {
     "all positions, with distances as a mask": lambda: Distances(fused=True),
     "stripes": Stripes,
     "stripes by products": lambda: Stripes(products),
+    "stripes by einsum": lambda: Stripes(by_equation),
     "a layer on rows": LayerOnRows,
     "a layer on windows": LayerOnWindows,
     "a layer on all positions": LayerOnAll,

@@ -540,6 +540,17 @@ CASES.on_map(
 CASES.on_map("channels_last", lambda x: torch.tanh(x.contiguous(memory_format=torch.channels_last)))
 
 
+def _stripes(x: Tensor) -> Tensor:
+    stripes = "(n s) g (k w) d"
+    y = einops.rearrange(x[:, :, :28], f"n (g d) (s k) w -> {stripes}", g=2, k=4)
+    shares = torch.einsum("bgqd,bgkd->bgqk", y, y.tanh()).softmax(-1)
+    y = torch.einsum("bgqk,bgkd->bgqd", shares, y)
+    return einops.rearrange(y, f"{stripes} -> n (g d) (s k) w", n=len(x), k=4)
+
+
+CASES.on_map("attention within stripes, by einsum", _stripes)
+
+
 @CASES("einops layers")
 class EinopsLayers(Small):
     def __init__(self) -> None:

@@ -46,7 +46,9 @@ def _einsum(tracer: FoldingTracer, call: Call) -> Any:
         return named
     *terms, right = named
     # Without merged axes, the operator's own rule has refused it already.
-    result = _by_letters(tracer, call, terms, right, operands) if is_folded(call) else _MIXING
+    result = _MIXING
+    if is_folded(call):
+        result = by_letters(tracer, terms, right, operands, tracer.fake_seen(call))
     if not isinstance(result, NotStreamable):
         return result
     extents: dict[str, int] = {}
@@ -70,37 +72,6 @@ def _einsum(tracer: FoldingTracer, call: Call) -> Any:
         return _permuted(tracer, value, term, right)
     product = _as_matrices(tracer, summed[0], summed[1], right, extents)
     return result if isinstance(product, NotStreamable) else product
-
-
-def _by_letters(
-    tracer: FoldingTracer, call: Call, terms: Sequence[str], right: str, operands: Sequence[Value]
-) -> Any:
-    """Translate a product at each position, with a letter for each of the map's own axes."""
-    parts: dict[str, tuple[int, ...]] = {}
-    for term, value in zip(terms, operands, strict=True):
-        if isinstance(value, Folded):
-            for axis, letter in enumerate(term):
-                part = parts_of(tracer, value, axis)
-                if parts.setdefault(letter, part) != part:
-                    return NotStreamable("its operands have their axes of space merged differently")
-    unused = iter(sorted(set(ascii_letters) - set("".join(terms))))
-    letters = {letter: letter + "".join(next(unused) for _ in part[1:]) for letter, part in parts.items()}
-    refs: list[Ref] = []
-    for term, value in zip(terms, operands, strict=True):
-        if isinstance(value, Folded):
-            refs.append(value.ref)
-            continue
-        pairs = list(zip(term, tracer.spec(value).shape, strict=True))
-        if tracer.axes(value) is not None or any(
-            len(parts.get(letter, ())) > 1 and extent == 1 for letter, extent in pairs
-        ):
-            return NotStreamable("its operands have their axes of space merged differently")
-        apart = [i for letter, extent in pairs for i in parts.get(letter, (extent,))]
-        refs.append(reshaped(tracer, value, tuple(apart)))
-    *finer, result_term = ("".join(letters.get(each, each) for each in term) for term in (*terms, right))
-    result = tracer.stream(Call(call.target, (f"{','.join(finer)}->{result_term}", refs), {}))
-    like = tracer.fake_seen(call)
-    return as_seen(tracer, result, tuple(len(letters.get(each, each)) for each in right), like.shape)
 
 
 def by_letters(
