@@ -26,6 +26,7 @@ from streamcnn.geometry.axis_maps import (
     Broadcast,
     Gathered,
     Index,
+    Line,
     Repeated,
     Reversed,
     Same,
@@ -243,6 +244,16 @@ def test_windows_of_adaptive_pooling_that_read_positions(num_out: int, size: int
 @given(sizes)
 def test_all_positions(size: int) -> None:
     assert_right(Case(All(size), lambda x: x.cumsum(3) + x.flip(3).cumsum(3).flip(3), size))
+
+
+@few
+@given(sizes, sizes)
+def test_whole_lines(size: int, num_out: int) -> None:
+    assert_right(Case(Line(size), lambda x: x.cumsum(3) + x.flip(3).cumsum(3).flip(3), size))
+    outs = all_intervals(num_out)
+    at_once = Intervals(np.array([out.start for out in outs]), np.array([out.stop for out in outs]))
+    assert set(Line(size).computed_each(at_once, num_out)) == {Interval(0, num_out)}
+    assert list(Same().computed_each(at_once, num_out)) == outs
 
 
 @few

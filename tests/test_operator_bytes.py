@@ -45,6 +45,8 @@ FURTHER: dict[str, Callable[[Tensor], Tensor]] = {
     "loss of classes": class_loss,
     "logsumexp": lambda x: x.logsumexp(1, keepdim=True),
     "running": lambda x: x.cumprod(1) + x.logcumsumexp(1) + x.cummax(1).values,
+    "running along lines": lambda x: x.cumsum(2) * x.cumprod(3) + x.sort(2)[0] + x.logcumsumexp(3),
+    "medians of lines": lambda x: x.median(2, keepdim=True)[0] + x.topk(1, 3)[0] + x.diff(dim=2)[:, :, :1],
     "differences": lambda x: x.diff(dim=1),
     "products": lambda x: x.prod(1),
     "fused": lambda x: F.silu(F.gelu(F.hardswish(F.softplus(F.elu(F.leaky_relu(x)))))),

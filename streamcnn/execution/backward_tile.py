@@ -92,10 +92,11 @@ class BackwardTile:
     def _observe(self, name: str, value: Tensor) -> Tensor:
         if not value.requires_grad:
             return value
-        if name not in self.step.consumed:
-            self._root(name, value)
-            return value
         part = self.step.owned[name]
+        if name not in self.step.consumed:
+            # A tile of whole lines may compute more than its own part.
+            self._root(name, crop(value, part.axes, part.covered, part.own))
+            return value
         share = crop(value.detach(), part.axes, part.covered, part.own)
 
         def add(gradient: Tensor) -> Tensor:

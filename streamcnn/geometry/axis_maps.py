@@ -7,6 +7,8 @@ Each class answers two questions about a half-open interval of output positions:
 ``required_each(out, size)``
     the part of that window inside an input of ``size`` positions, at least one position long.
 
+Where an operator cannot compute ``out`` alone, ``computed_each(out, size)`` is what it computes instead.
+
 Only the window decides what is padding, never whether a tile is "the first one". The rule itself, ``bounds``,
 is arithmetic that works for one interval and for arrays of intervals, so that planning can compute all tiles
 of an axis at once.
@@ -49,6 +51,10 @@ class AxisMap(ABC):
         first, last = self.bounds(out.start, out.stop)
         start = np.minimum(np.maximum(first, 0), size - 1)
         return Intervals(start, np.maximum(np.minimum(last, size), start + 1))
+
+    def computed_each(self, out: Intervals, size: int) -> Intervals:
+        """Outputs, of ``size`` positions, that the operator computes where ``out`` are wanted."""
+        return out
 
     def result(self, at_hand: Span, out: Span) -> Span:
         """Output positions that the operator computes from inputs ``at_hand``, without padding."""
@@ -100,6 +106,14 @@ class All(AxisMap):
 
     def bounds(self, start: Index, stop: Index) -> tuple[Index, Index]:
         return 0 * start, 0 * stop + self.size
+
+
+@dataclass(frozen=True, slots=True)
+class Line(All):
+    """All positions are computed at once from all positions: a cumulative sum, sorting, a recurrent layer."""
+
+    def computed_each(self, out: Intervals, size: int) -> Intervals:
+        return Intervals(0 * out.start, 0 * out.stop + size)
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,7 +148,11 @@ class AxisGrid:
         }
         needed = dict(own)
         for name in reversed(outline.stage.nodes):
-            for operand, access in _accesses(outline.program, name).items():
+            accesses = _accesses(outline.program, name)
+            for access in accesses.values():
+                axis_map = (access.rows, access.cols)[axis]
+                needed[name] = axis_map.computed_each(needed[name], nodes[name].size[axis])
+            for operand, access in accesses.items():
                 axis_map = (access.rows, access.cols)[axis]
                 part = axis_map.required_each(needed[name], nodes[operand].size[axis])
                 needed[operand] = needed[operand].hull(part) if operand in needed else part

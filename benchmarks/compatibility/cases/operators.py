@@ -489,6 +489,7 @@ CASES.on_map("cumsum over space", lambda x: x.cumsum(2) / 29)
 CASES.on_map(
     "pixel_unshuffle of a padded map", lambda x: x + _weighed(F.pixel_unshuffle(F.pad(x, (0, 3, 0, 3)), 4))
 )
+CASES.on_map("an integral image, and rows in order", lambda x: x.cumsum(2).cumsum(3) / 900 + x.sort(3)[0])
 CASES.on_map("diff along the rows", lambda x: x.diff(dim=2))
 CASES.on_map("einsum over channels", lambda x: torch.einsum("nchw,ndhw->ncd", x, x)[..., None] / 100)
 CASES.on_map(
@@ -581,6 +582,20 @@ class Recurrent(Small):
 
     def middle(self, x: Tensor) -> Tensor:
         return self.cell(x.mean(3).transpose(1, 2))[0].transpose(1, 2)[..., None]
+
+
+@CASES("LSTMs over the rows and over the columns (ReNet)", passes(2))
+class Lines(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.LSTM(WIDTH, WIDTH // 2, batch_first=True, bidirectional=True)
+        self.columns = nn.LSTM(WIDTH, WIDTH // 2, batch_first=True, bidirectional=True)
+
+    def middle(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        rows = self.rows(x.permute(0, 2, 3, 1).reshape(n * h, w, c))[0].reshape(n, h, w, c)
+        columns = self.columns(rows.transpose(1, 2).reshape(n * w, h, c))[0]
+        return x + columns.reshape(n, w, h, c).permute(0, 3, 2, 1)
 
 
 CASES.on_vector(

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-import streamcnn.capture.lowering.folded_axes  # these six fill the registry
+import streamcnn.capture.lowering.folded_axes  # these seven fill the registry
 import streamcnn.capture.lowering.folded_equations
 import streamcnn.capture.lowering.folded_images
 import streamcnn.capture.lowering.folded_losses
 import streamcnn.capture.lowering.folded_products
+import streamcnn.capture.lowering.folded_recurrent
 import streamcnn.capture.lowering.folded_shapes
 import streamcnn.graph.ops  # noqa: F401  likewise
 from streamcnn.capture.capture import RawNode, moved

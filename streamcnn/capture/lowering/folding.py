@@ -17,7 +17,16 @@ from typing import Any, Protocol
 import torch
 from torch.utils import _pytree as pytree
 
-from streamcnn.graph.ops import attention, convolution, images, normalization, products, shape, sliding_blocks
+from streamcnn.graph.ops import (
+    attention,
+    convolution,
+    images,
+    normalization,
+    products,
+    recurrent,
+    shape,
+    sliding_blocks,
+)
 from streamcnn.graph.ops.rules import Call, NotStreamable, Tracer, rule_for
 from streamcnn.graph.program import Ref
 
@@ -79,6 +88,7 @@ MERGING = (
     normalization.batch_norm,
     normalization.group_norm,
     normalization.instance_norm,
+    recurrent.recurrent_layer,
 )
 """Rules of operators of which translations stream some calls on plain maps that the rule refuses."""
 

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from streamcnn.geometry.axis_maps import Adaptive
+from streamcnn.geometry.axis_maps import Adaptive, AxisMap, Line, Same, Sliding
 from streamcnn.graph.costs import INDEX_BYTES, NOTHING, RESULT, Cost, Operation, Saves, declare
 from streamcnn.graph.ops.pointwise import per_position, pointwise
 from streamcnn.graph.ops.reduction_types import Selection, statistics_dtype
-from streamcnn.graph.ops.reductions import extremum, mean_or_sum
+from streamcnn.graph.ops.reductions import extremum, mean_or_sum, truth
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
 from streamcnn.graph.ops.samples import chain
 from streamcnn.graph.ops.top_positions import TopPositions
 from streamcnn.graph.ops.window_reductions import WindowMaxima
-from streamcnn.graph.program import Ref, refs_in
+from streamcnn.graph.program import Access, Ref, refs_in
+from streamcnn.graph.schemas import takes
 
 aten = torch.ops.aten
 
@@ -60,21 +61,72 @@ def along_axis(tracer: Tracer, call: Call) -> Any:
     ref = call.args[0]
     axes, shape = tracer.axes(ref), tracer.spec(ref).shape
     dims = call.bind("dim")[0]
-    dims = [dims] if isinstance(dims, int) else dims
+    dims = [dims] if isinstance(dims, int) else dims or []
     others = refs_in((call.args[1:], dict(call.kwargs)))
     if axes is None or any(_is_apart(tracer, ref, Ref(name)) for name in others):
         return NotStreamable("its operands have their spatial axes at different places")
     if call.target in EXPONENTIAL and any(dim % len(shape) in axes for dim in dims):
         return exponential(tracer, call.target, ref, dims, tracer.fake(call))
     likes = tracer.fake(call)
-    if call.target in SELECTING and len(dims) == 1 and dims[0] % len(shape) in axes:
-        return _selected_along(tracer, call.target, ref, dims[0] % len(shape), pytree.tree_leaves(likes))
+    if len(dims) == 1 and dims[0] % len(shape) in axes:
+        return _along_lines(tracer, call, ref, dims[0] % len(shape), likes)
     if not dims or any(dim % len(shape) in axes for dim in dims):
-        return NotStreamable("it runs along a spatial axis")
+        return NotStreamable("it runs along axes of space and others at once")
+    return _results(tracer, call, ref, likes, dropped=dims)
+
+
+def _results(tracer: Tracer, call: Call, ref: Ref, likes: Any, **options: Any) -> Ref | tuple[Ref, ...]:
+    """Record each result of a call as a node, as :func:`per_position` does."""
     if isinstance(likes, Tensor):
-        return per_position(tracer, call, ref, dropped=dims)
+        return per_position(tracer, call, ref, **options)
     parts = (Call(result_of, (call.target, index, *call.args), call.kwargs) for index in range(len(likes)))
-    return tuple(per_position(tracer, part, ref, dropped=dims) for part in parts)
+    return tuple(per_position(tracer, part, ref, **options) for part in parts)
+
+
+OF_LINES = frozenset(_ALONG_DIM) - {
+    *(
+        aten.diff.default,
+        aten.glu.default,
+        aten.index_select.default,
+        aten.nanmean.default,
+        aten.nansum.default,
+    )
+}
+"""Operators along one axis, which tiles of whole lines compute, as large as lines or smaller."""
+
+
+def _along_lines(tracer: Tracer, call: Call, ref: Ref, dim: int, likes: Any) -> Any:
+    """An operator along one spatial axis: a few neighbours, or whole lines, meet."""
+    axes, spec = tracer.axes(ref), tracer.spec(ref)
+    assert axes is not None
+    ndim = len(spec.shape)
+    if (
+        call.target in SELECTING
+        and axes == (ndim - 2, ndim - 1)
+        and spec.dtype not in (torch.bool, torch.int64)
+    ):
+        return _selected_along(tracer, call.target, ref, dim, pytree.tree_leaves(likes))
+    if call.target is aten.diff.default and call.bind("prepend", "append") == [None, None]:
+        along: AxisMap = Sliding(1 + call.bind("n")[0])
+    elif call.target in OF_LINES:
+        along = Line(spec.shape[dim])
+    else:
+        return NotStreamable("it runs along a spatial axis")
+    access = Access(*(along if axis == dim else Same() for axis in axes))
+    if not takes(call.target, "keepdim") or call.bind("keepdim")[0]:
+        return _results(tracer, call, ref, likes, access=access)
+    # A map of one row or column first.
+    call = call.replaced("keepdim", True)
+    found = _results(tracer, call, ref, tracer.fake(call), access=access)
+    sums = [_only(tracer, each, dim) for each in pytree.tree_leaves(found)]
+    return tuple(sums) if isinstance(found, tuple) else sums[0]
+
+
+def _only(tracer: Tracer, ref: Ref, dim: int) -> Any:
+    """The only row or column of a map, as a global value."""
+    if tracer.spec(ref).dtype == torch.bool:
+        return truth(tracer, Call(aten.any.dim, (ref, dim, False), {}))
+    return mean_or_sum(tracer, Call(aten.sum.dim_IntList, (ref, [dim], False), {}))
 
 
 EXPONENTIAL = (aten.softmax.int, aten.log_softmax.int, aten.logsumexp.default)
@@ -141,14 +193,11 @@ def selected(
 
 def _selected_along(
     tracer: Tracer, target: object, ref: Ref, dim: int, likes: Sequence[Tensor]
-) -> tuple[Ref, ...] | Ref | NotStreamable:
+) -> tuple[Ref, ...] | Ref:
     """The largest or smallest value along one spatial axis of a map (..., H, W), as :func:`selected`."""
-    axes, spec = tracer.axes(ref), tracer.spec(ref)
-    ndim = len(spec.shape)
-    if axes != (ndim - 2, ndim - 1) or spec.dtype in (torch.bool, torch.int64):
-        return NotStreamable("it runs along a spatial axis")
-    height, width = spec.shape[-2:]
-    results = selected(tracer, target, ref, likes, (1, width) if dim == axes[0] else (height, 1))
+    height, width = tracer.spec(ref).shape[-2:]
+    is_row = dim == len(tracer.spec(ref).shape) - 2
+    results = selected(tracer, target, ref, likes, (1, width) if is_row else (height, 1))
     return results if len(likes) > 1 else results[0]
 
 

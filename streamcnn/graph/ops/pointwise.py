@@ -184,8 +184,18 @@ def rename(call: Call, renamed: dict[str, Ref]) -> Call:
     return Call(call.target, substitute(call.args, replace), substitute(dict(call.kwargs), replace))
 
 
+AT_EACH = Access()
+"""How a map is read position by position."""
+
+
 def per_position(
-    tracer: Tracer, call: Call, ref: Ref, *, dropped: Collection[int] = (), heavy: bool = False
+    tracer: Tracer,
+    call: Call,
+    ref: Ref,
+    *,
+    dropped: Collection[int] = (),
+    access: Access = AT_EACH,
+    heavy: bool = False,
 ) -> Ref:
     """Record a call that mixes other axes than the spatial ones.
 
@@ -195,6 +205,8 @@ def per_position(
         A map; others among the operands have their spatial axes at the same places.
     dropped
         Axes that the result lacks, if it has fewer than ``ref``.
+    access
+        How maps are read, if not position by position.
     """
     axes = tracer.axes(ref)
     assert axes is not None
@@ -209,7 +221,7 @@ def per_position(
         call.kwargs,
         like=like,
         axes=(rows, cols),
-        accesses={name: Access() for name in maps},
+        accesses=dict.fromkeys(maps, access),
         heavy=heavy,
     )
 
