@@ -221,6 +221,7 @@ MERGED: dict[str, nn.Module | Callable[[Tensor], Tensor]] = {
     "dropout of nothing": nn.Sequential(Applied(tokens_of), nn.Dropout(0.0), nn.Linear(WIDTH, 3)),
     "flattened": lambda x: x.flatten(1).sin(),
     "attention of all to all": lambda x: torch.softmax(tokens_of(x) @ x.flatten(2), -1).square().sum(-1),
+    "tokens joined with others": lambda x: torch.cat((x.new_ones(2, 1, WIDTH), tokens_of(x)), 1).sin(),
     "tokens as the result": lambda x: tokens_of(x).sin(),
     "several results": lambda x: tokens_of(x).sin().split((1, WIDTH - 1), -1),
 }
@@ -234,7 +235,6 @@ def test_merged_axes_stream(case: nn.Module | Callable[[Tensor], Tensor]) -> Non
 RESIDENT: dict[str, nn.Module | Callable[[Tensor], Tensor]] = {
     "convolution of tokens": nn.Sequential(Applied(lambda x: x.flatten(2)), nn.Conv1d(WIDTH, 2, 3)),
     "tokens scanned": lambda x: tokens_of(x).cumsum(1),
-    "tokens joined": lambda x: torch.cat((x.new_ones(2, 1, WIDTH), tokens_of(x)), 1).sin(),
     "tokens and what is merged elsewhere": lambda x: (
         tokens_of(x)[:, None] * x.flatten(1).unflatten(1, (1, -1, WIDTH))
     ),

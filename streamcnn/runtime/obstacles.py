@@ -16,6 +16,7 @@ _WITH_ONE_LAYOUT = "bring both to (N, C, H, W) before it"
 _ON_SMALL_MAPS = "apply it to pooled features, or behind the last strided layer, where the map is small"
 _IN_TWO_STEPS = "pool to a fixed size first, as AdaptiveAvgPool2d(1) does, and then change the shape"
 _ON_MAPS = "apply it to maps (N, C, H, W), or to pooled features"
+_WITHOUT_OTHERS = "apply it to the tokens of the map alone, before others are joined with them or after"
 _BY_A_CONVOLUTION = "replace it by a convolution, which looks as far as its kernel"
 _BY_POSITION = "let it treat every position alike, linearly in the gradient (docs/capture.md)"
 _BY_A_RULE = "write a rule for it (docs/adding_an_operator.md), or use operators that have one"
@@ -37,6 +38,9 @@ REMEDIES = {
     "it shuffles rows or columns": "bring the map to (N, C, H, W) before it",
     "its rows and columns are not those of the map": "bring the map to (N, C, H, W) before it",
     "it is not applied to images or tokens": "bring it to (N, C, H, W) or (N, C, H * W) before it",
+    "tokens of a map and others that are joined with them meet in it": _WITHOUT_OTHERS,
+    "it has no rule for tokens of a map that are joined with others": _WITHOUT_OTHERS,
+    "it merges tokens of a map, and others that are joined with them": _WITHOUT_OTHERS,
     "its operands have their spatial axes at different places": _WITH_ONE_LAYOUT,
     "its operands have their axes of space merged differently": _WITH_ONE_LAYOUT,
     "its operands have matrices at different places": _WITH_ONE_LAYOUT,

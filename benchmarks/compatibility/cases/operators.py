@@ -584,6 +584,19 @@ class Recurrent(Small):
         return self.cell(x.mean(3).transpose(1, 2))[0].transpose(1, 2)[..., None]
 
 
+@CASES("a class token joined with the tokens of a map (CoaT, ViT)", passes(2))
+class ClassToken(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.linspace(-1, 1, WIDTH).view(1, 1, WIDTH))
+        self.block = nn.TransformerEncoderLayer(WIDTH, 2, 8, dropout=0.0, batch_first=True)
+
+    def middle(self, x: Tensor) -> Tensor:
+        tokens = torch.cat((self.token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)), 1)
+        tokens = self.block(tokens)
+        return tokens[:, 1:].transpose(1, 2).reshape(x.shape) * tokens[:, 0][..., None, None]
+
+
 @CASES("LSTMs over the rows and over the columns (ReNet)", passes(2))
 class Lines(Small):
     def __init__(self) -> None:

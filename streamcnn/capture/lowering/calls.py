@@ -16,17 +16,20 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-import streamcnn.capture.lowering.folded_axes  # these seven fill the registry
+import streamcnn.capture.lowering.folded_axes  # these eight fill the registries
 import streamcnn.capture.lowering.folded_equations
 import streamcnn.capture.lowering.folded_images
 import streamcnn.capture.lowering.folded_losses
 import streamcnn.capture.lowering.folded_products
 import streamcnn.capture.lowering.folded_recurrent
 import streamcnn.capture.lowering.folded_shapes
+import streamcnn.capture.lowering.joined_products
 import streamcnn.graph.ops  # noqa: F401  likewise
 from streamcnn.capture.capture import RawNode, moved
 from streamcnn.capture.lowering.fake_calls import FakeCalls
 from streamcnn.capture.lowering.folding import MERGING, Folded, is_folded, stream_folded, unfolded
+from streamcnn.capture.lowering.joined import Joined, first_ref, is_joined, stream_joined
+from streamcnn.capture.lowering.joined_calls import joins_tokens
 from streamcnn.capture.lowering.recording import LIKE_OTHERS, Recording, RecordingMark
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.ops.rules import Call, NotStreamable, begins_maps, rule_for
@@ -51,7 +54,7 @@ class Lowering:
     def __init__(self, recording: Recording | None = None) -> None:
         self.recording = Recording(FakeCalls()) if recording is None else recording
         self.values: dict[str, Any] = {}
-        """Captured node name to a ref, a :class:`Folded` ref, a tuple of those, or a plain value."""
+        """By captured node: a ref, a :class:`Folded` ref, :class:`Joined` ones, a tuple, or a plain value."""
         self._num_images = 0
 
     def mark(self) -> Mark:
@@ -94,7 +97,7 @@ class Lowering:
         if raw.target is operator.getitem:
             value = self._item(raw, *args)
         else:
-            value = self._called(self._without_model(Call(raw.target, args, kwargs)))
+            value = self.called(self._without_model(Call(raw.target, args, kwargs)))
         self.values[raw.name] = self._as_written(raw, value)
 
     def _without_model(self, call: Call) -> Call:
@@ -107,8 +110,8 @@ class Lowering:
             return call
         return Call(_CAST, (value, wanted.dtype, *rest), call.kwargs)
 
-    def _fake(self, value: Ref | Folded) -> Any:
-        return self.recording.fakes[value.ref.name if isinstance(value, Folded) else value.name]
+    def _fake(self, value: Ref | Folded | Joined) -> Any:
+        return self.recording.fakes[first_ref(value).name]
 
     def _as_written(self, raw: RawNode, value: Any) -> Any:
         """A call's result in the dtype of the value it overwrites: ``x += y`` keeps the dtype of ``x``."""
@@ -117,10 +120,10 @@ class Lowering:
             # Nothing is overwritten, or nothing reads the old value.
             return value
         dtype = self._type_of(before)
-        return value if self._type_of(value) == dtype else self._called(Call(_CAST, (value, dtype), {}))
+        return value if self._type_of(value) == dtype else self.called(Call(_CAST, (value, dtype), {}))
 
-    def _type_of(self, value: Ref | Folded) -> torch.dtype:
-        return self.recording.spec(value.ref if isinstance(value, Folded) else value).dtype
+    def _type_of(self, value: Ref | Folded | Joined) -> torch.dtype:
+        return self.recording.spec(first_ref(value)).dtype
 
     def _value(self, name: str) -> Any:
         return self.values[name]
@@ -133,12 +136,14 @@ class Lowering:
             f"allowed are results 0 to {len(value) - 1 if isinstance(value, tuple) else 0}"
         )
 
-    def _called(self, call: Call) -> Any:
+    def called(self, call: Call) -> Any:
+        """The result of a call, streamed if it can be."""
         operands = [Ref(name) for name in refs_in((call.args, dict(call.kwargs)))]
         merged = is_folded(call)
         recording = self.recording
-        if merged or any(recording.axes(ref) is not None for ref in operands):
-            result = self._stream(call, merged=merged)
+        in_parts = is_joined(call)
+        if in_parts or merged or any(recording.axes(ref) is not None for ref in operands):
+            result = self._in_parts(call) if in_parts else self._stream(call, merged=merged)
             if not isinstance(result, NotStreamable):
                 return result
             call = self._gather_maps(call)
@@ -161,7 +166,9 @@ class Lowering:
         if self.recording.moves(call):
             return NotStreamable("it moves a map to another device")
         if merged:
-            return stream_folded(self.recording, call)
+            result = stream_folded(self.recording, call)
+            joined = joins_tokens(self, call) if isinstance(result, NotStreamable) else result
+            return result if isinstance(joined, NotStreamable) else joined
         result = self.recording.stream(call)
         if any(self._has_no_positions(ref) for ref in pytree.tree_leaves(result) if isinstance(ref, Ref)):
             return NotStreamable("what it gives has no positions")
@@ -169,6 +176,9 @@ class Lowering:
             merged_result = stream_folded(self.recording, call)
             return result if isinstance(merged_result, NotStreamable) else merged_result
         return result
+
+    def _in_parts(self, call: Call) -> Any:
+        return NotStreamable("") if self.recording.resident else stream_joined(self, call)
 
     def _has_no_positions(self, ref: Ref) -> bool:
         axes = self.recording.axes(ref)
@@ -200,11 +210,14 @@ class Lowering:
             yield (1, 2)
 
     def _gather_maps(self, call: Call) -> Call:
-        args, kwargs = pytree.tree_map(self._whole, (call.args, dict(call.kwargs)))
+        args, kwargs = pytree.tree_map(self.whole, (call.args, dict(call.kwargs)))
         return Call(call.target, args, kwargs)
 
-    def _whole(self, value: Any) -> Any:
+    def whole(self, value: Any) -> Any:
         """A map gathered to a global value; anything else unchanged."""
+        if isinstance(value, Joined):
+            parts = [self.whole(part) for part in value.parts]
+            return self.recording.global_value(torch.ops.aten.cat.default, parts, value.axis)
         if isinstance(value, Folded):
             return unfolded(self.recording, value)
         is_map = isinstance(value, Ref) and self.recording.axes(value) is not None
@@ -219,7 +232,7 @@ class Lowering:
         if keeps_maps and isinstance(value, Ref) and recording.nodes[value.name].kind is Kind.LOCAL:
             fake = recording.fakes[value.name]
             return recording.add(f"result_{value.name}", fake, kind=Kind.RESULT, args=(value,))
-        return pytree.tree_map(self._whole, value)
+        return pytree.tree_map(self.whole, value)
 
 
 def _like(tensor: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from streamcnn.capture.capture import RawNode
 from streamcnn.capture.lowering.fake_calls import FakeCalls, look, target_name
 from streamcnn.capture.lowering.folding import Folded
+from streamcnn.capture.lowering.joined import Joined, first_ref, shape_seen
 from streamcnn.geometry.regions import Region
 from streamcnn.graph.costs import cost_of
 from streamcnn.graph.ops.reduction_types import Reduction
@@ -125,9 +126,8 @@ class Recording:
 
     def fake_seen(self, call: Call) -> Any:
         def fake_of(value: Any) -> Any:
-            if isinstance(value, Folded):
-                fake = self.fakes[value.ref.name]
-                return fake.new_empty(value.seen(fake.shape))
+            if isinstance(value, (Folded, Joined)):
+                return self.fakes[first_ref(value).name].new_empty(shape_seen(self, value))
             return self.fakes[value.name] if isinstance(value, Ref) else value
 
         args, kwargs = pytree.tree_map(fake_of, (call.args, dict(call.kwargs)))
