@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operator_cases import SHAPE, TILE, WIDTH, Function, after_convolution, assert_streams
+from operator_cases import SHAPE, TILE, WIDTH, Function, after_convolution, assert_streams, by_name
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -169,6 +169,68 @@ def test_tokens_with_others(kind: type[nn.Module]) -> None:
     net = kind()
     assert_streams(net, resident=False)
     assert_streams(net.eval(), (1, 3, 14, 22), resident=False)
+
+
+def tokens_of(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2)
+
+
+def with_first(x: Tensor) -> Tensor:
+    """Tokens behind one of ones."""
+    return torch.cat((x.new_ones(len(x), 1, WIDTH), tokens_of(x)), 1)
+
+
+def overwritten(x: Tensor) -> Tensor:
+    """In place, while the map's own tokens are read afterwards."""
+    tokens = tokens_of(x)
+    y = torch.cat((tokens, x.amax((2, 3))[:, None]), 1).mul_(2)
+    y += torch.linspace(0, 1, y.shape[1]).to(y)[:, None]
+    return y[:, :-1] * tokens + y[:, -1:]
+
+
+def masked(x: Tensor) -> Tensor:
+    y = with_first(x)
+    mask = (torch.arange(y.shape[1]) % 3 == 0)[None, :, None]
+    return y.masked_fill(mask, 0.5).where(~mask, y.cos()).transpose(1, 2)[:, :, 1:].view_as(x)
+
+
+def channels_first(x: Tensor) -> Tensor:
+    y = torch.cat((x.new_ones(len(x), WIDTH, 1).float(), x.flatten(2), x.mean((2, 3))[..., None]), 2)
+    z = y.softmax(2) * y.log_softmax(-1) + y.logsumexp(2, keepdim=True)
+    means = y.sum(2) * y.mean(-1) * z[..., 0]
+    return z[..., 1:-1].view_as(x) + means[..., None, None]
+
+
+def padded(x: Tensor) -> Tensor:
+    y = F.pad(tokens_of(x), (0, 0, 2, 1), value=0.3).sin()[:, 2:-1]
+    return y + F.pad(x.flatten(2), (1, 1))[..., 1:-1].transpose(1, 2)
+
+
+def along_channels(x: Tensor) -> Tensor:
+    y = with_first(x)
+    values, places = y.topk(2, 2)
+    largest = y.unflatten(2, (2, 3)).max(2)[0].sum(2, keepdim=True)
+    return (values * places + largest)[:, 1:] + torch.stack((y, y.sin()), 2)[:, 1:].sum((2, 3))[..., None]
+
+
+def cut(x: Tensor) -> Tensor:
+    first, rest = with_first(x).tensor_split((1,), 1)
+    return rest * first.sin() + with_first(x).select(1, 0)[:, None]
+
+
+def weighed(x: Tensor) -> Tensor:
+    y = with_first(x)
+    weights = torch.linspace(-1, 1, y.shape[1]).to(y)
+    return torch.einsum("nlc,l->nc", y, weights)[:, :, None] * (y.mT @ weights[:, None])
+
+
+@by_name({each.__name__: each for each in (overwritten, masked, channels_first, padded, along_channels, cut)})
+def test_operators_on_tokens_with_others(case: Function) -> None:
+    assert_streams(case, resident=False)
+
+
+def test_a_product_that_takes_tokens_whole() -> None:
+    assert_streams(weighed, resident=None)
 
 
 MEETING: dict[str, Function] = {
