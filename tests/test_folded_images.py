@@ -177,10 +177,6 @@ WHOLE: dict[str, tuple[str, Callable[[], nn.Module]]] = {
         "aten.avg_pool1d: it works along merged axes of space",
         lambda: chain(tokens, nn.AvgPool1d(3)),
     ),
-    "a frame around positions": (
-        "aten.pad: it works along merged axes of space",
-        lambda: chain(lambda x: F.pad(tokens(x), (1, 0), value=0.7)),
-    ),
     "tokens reflected": (
         "aten.pad: it works along merged axes of space",
         lambda: chain(lambda x: F.pad(tokens(x), (1, 0), mode="reflect")),
