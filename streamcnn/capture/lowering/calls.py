@@ -36,6 +36,7 @@ from streamcnn.graph.ops.rules import Call, NotStreamable, begins_maps, rule_for
 from streamcnn.graph.program import Axes, Kind, Ref, refs_in, substitute
 
 _CAST = torch.ops.aten.to.dtype
+_COPY = torch.ops.aten.to.device
 _LEAST_POSITIONS = 64
 """Positions of a grid with which streaming begins again."""
 
@@ -101,14 +102,19 @@ class Lowering:
         self.values[raw.name] = self._as_written(raw, value)
 
     def _without_model(self, call: Call) -> Call:
-        """Make ``x.type_as(y)`` a cast of ``x`` if both are on one device: no value of ``y`` is read."""
+        """Make ``x.type_as(y)`` a cast or copy of ``x``, for which no value of ``y`` is read.
+
+        A map does not move.
+        """
         if call.target not in LIKE_OTHERS:
             return call
         value, other, *rest = call.args
         given, wanted = self._fake(value), self._fake(other)
-        if given.device != wanted.device:
+        if given.device == wanted.device:
+            return Call(_CAST, (value, wanted.dtype, *rest), call.kwargs)
+        if not isinstance(value, Ref) or self.recording.axes(value) is not None:
             return call
-        return Call(_CAST, (value, wanted.dtype, *rest), call.kwargs)
+        return Call(_COPY, (value, wanted.device, wanted.dtype, *rest), call.kwargs)
 
     def _fake(self, value: Ref | Folded | Joined) -> Any:
         return self.recording.fakes[first_ref(value).name]
