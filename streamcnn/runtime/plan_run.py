@@ -78,7 +78,7 @@ class PlanRun:
         """Whether steps that have run before are assumed not to compile code again."""
         self.states = {name: tensors[key] for name, key in program.states.items()}
         """Parameters, buffers, further arguments and constants by node name."""
-        self.states.update({name: c.to(reader.device) for name, c in program.constants.items()})
+        self.states.update(program.constants)
         self.leaf_states = tuple(name for name in program.states if name in plan.differentiated)
         """States whose gradients the backward pass gives."""
         self.stores = PassStores(spares, owner.spare_pinned, reader.device, zeroed=plan.kept_bytes is None)
