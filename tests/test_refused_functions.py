@@ -124,12 +124,27 @@ def test_a_map_beside_the_image_has_no_values() -> None:
         StreamingModel(Instances())(torch.randn(2, 3, 29, 37), torch.randint(3, (2, 1, 29, 37)))
 
 
+MOVES_LAYERS = r"makes or moves layers with parameters \(Module\.to\)"
+
+
 def test_layers_are_not_made_within() -> None:
     def body(x: Tensor) -> Tensor:
         return nn.Conv2d(4, 4, 1, dtype=torch.float32).to(x.dtype)(x)
 
-    with pytest.raises(UnsupportedModel, match=r"it makes or moves layers with parameters \(Module\.to\)"):
+    with pytest.raises(UnsupportedModel, match=MOVES_LAYERS):
         StreamingModel(Net(body).double())(torch.randn(2, 3, 29, 37, dtype=torch.float64))
+
+
+def test_a_layer_that_is_moved_within_stays_as_it_is() -> None:
+    held = [nn.Conv2d(4, 4, 1)]
+
+    def body(x: Tensor) -> Tensor:
+        return held[0].to(x.dtype)(x)
+
+    with pytest.raises(UnsupportedModel, match=MOVES_LAYERS):
+        StreamingModel(Net(body).double())(torch.randn(2, 3, 29, 37, dtype=torch.float64))
+    assert type(held[0].weight) is nn.Parameter
+    assert held[0].weight.dtype == torch.float32
 
 
 def test_a_long_line_of_code_is_cut() -> None:

@@ -57,6 +57,7 @@ def functions_replaced(
         replaced_here(FunctionCtx, "mark_dirty", noting(_refuse_dirty)),
         replaced_here(F, "gaussian_nll_loss", gaussian_nll_loss),
         observers_blind(forget),
+        replaced_here(nn.Module, "_apply", noting(_change_layer)),
         replaced_here(torch, "from_numpy", _from_numpy),
         replaced_here(Tensor, "as_subclass", _as_subclass),
         replaced_here(saved_tensors_hooks, "__enter__", noting(_enter_saved_tensors_hooks)),
@@ -127,6 +128,21 @@ def _enter_dispatch_mode(mode: TorchDispatchMode) -> Any:
             "a trace: enter it around the call of the model"
         )
     return _ENTER_MODE(mode)  # type: ignore[no-untyped-call]
+
+
+_CHANGE_LAYER = nn.Module._apply
+
+
+def _change_layer(layer: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """``layer.to()`` and the like if they change nothing; else they would leave it with fake tensors."""
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        changed = change(tensor)
+        if (changed.dtype, changed.device) != (tensor.dtype, tensor.device):
+            raise UnsupportedModel(
+                "the forward pass makes or moves layers with parameters (Module.to): do so outside of it"
+            )
+    changed_layer: nn.Module = _CHANGE_LAYER(layer, change, recurse)  # type: ignore[no-untyped-call]
+    return changed_layer
 
 
 _FROM_NUMPY = torch.from_numpy
