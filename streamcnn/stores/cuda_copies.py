@@ -25,6 +25,8 @@ class CudaCopies:
         self.device = device
         self._incoming: cuda.Stream = cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._outgoing: cuda.Stream = cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._is_used = False
+        """Whether copies were asked for since the host last waited for all: most passes ask for none."""
 
     def mark(self) -> cuda.Event:
         """An event at the end of the work queued on the stream that computes."""
@@ -32,10 +34,12 @@ class CudaCopies:
 
     def bring(self, copies: Copies, after: cuda.Event) -> cuda.Event:
         """Copy to the GPU."""
+        self._is_used = True
         return _copied(self._incoming, copies, after)
 
     def take(self, copies: Copies, after: cuda.Event) -> cuda.Event:
         """Copy from the GPU."""
+        self._is_used = True
         return _copied(self._outgoing, copies, after)
 
     def hold(self, mark: cuda.Event) -> None:
@@ -48,8 +52,11 @@ class CudaCopies:
 
     def settle_all(self) -> None:
         """Make the host wait for both streams."""
-        self._incoming.synchronize()
-        self._outgoing.synchronize()
+        if self._is_used:
+            self._incoming.synchronize()
+            self._outgoing.synchronize()
+            # Last, since an interrupt may come before.
+            self._is_used = False
 
     def buffer(self, shape: Sequence[int], dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
         """A tensor from PyTorch's allocator of pinned memory, which tracks the copies that use it."""
