@@ -8,13 +8,14 @@ INSTALLED := $(VENV)/.installed
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu fuzz bench-gpu lint clean
+.PHONY: help demo test test-slow test-gpu test-card fuzz bench-gpu lint clean
 
 help:
 	@echo "make demo       train a small CNN on four 4000x4000 images under a memory budget (minutes)"
 	@echo "make test       the CPU tests, but for the slow ones"
 	@echo "make test-slow  the tests that take longer"
 	@echo "make test-gpu   the tests that need a CUDA device"
+	@echo "make test-card  those that the host can run in a GPU's place"
 	@echo "make bench-gpu  a short UltraMNIST benchmark on a CUDA device; call it again to go on"
 	@echo "make fuzz       open files that are changed at random, for ten minutes"
 	@echo "make lint       ruff, mypy and the import contracts"
@@ -39,6 +40,11 @@ test-slow: $(INSTALLED)
 # Collecting all files takes longer than these tests' first results, and imports what they do not need.
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu $$(grep -l "mark\.gpu" tests/test_*.py)
+
+# Kernels of Triton run under its interpreter with TRITON_INTERPRET=1 in place of STREAMCNN_TRITON=0, for long.
+test-card: $(INSTALLED)
+	STREAMCNN_EMULATED_CARD=1 STREAMCNN_TRITON=0 PYTHONPATH=tests \
+		$(BIN)/python -m pytest -m gpu $$(grep -l "mark\.gpu" tests/test_*.py)
 
 fuzz: $(INSTALLED)
 	$(BIN)/python -m tests.fuzz --minutes 10

@@ -12,8 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import emulated_card
 import hypothesis
 import pytest
+
+if emulated_card.is_wanted():
+    emulated_card.install()
+
 import torch
 
 from streamcnn.ceiling.kept_blocks import give_back
@@ -42,6 +47,13 @@ hypothesis.settings.register_profile("steady", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("steady")
 
 
+if emulated_card.is_wanted() and emulated_card.interprets_kernels():
+    from streamcnn.graph.ops import triton_passes
+
+    # A user's passes would take hours under the interpreter; here it is all that runs kernels.
+    triton_passes.IS_INTERPRETED = False
+
+
 _TESTS_BETWEEN_FREEZES = 50
 _num_tests = itertools.count(1)
 
@@ -64,6 +76,8 @@ def pytest_runtest_teardown() -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device; PyTorch sees none here")
+    if item.get_closest_marker("real") is not None and emulated_card.is_wanted():
+        pytest.skip("needs a GPU itself; the card is emulated")
 
 
 @pytest.fixture(autouse=True)

@@ -155,6 +155,7 @@ def test_context_and_libraries_count(device_peak: DevicePeak) -> None:
     assert report.samples
 
 
+@pytest.mark.real
 def test_resnet50_at_4000_pixels_under_11_gb(device_peak: DevicePeak) -> None:
     """Train-mode batch norm, forward and backward; plain PyTorch would need some 40 GB."""
     torch.manual_seed(0)
@@ -288,6 +289,7 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert_same(found, expected, 5e-2)
 
 
+@pytest.mark.real
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("casts", [False, True])
 # Inductor advises to round float32 in products, and imports what is deprecated.
@@ -309,6 +311,7 @@ def test_compiled_parts(
     assert model.last_report.num_compiled
 
 
+@pytest.mark.real
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rates_are_those_of_a_card(dtype: torch.dtype) -> None:
     """Any card that there is, by wide margins: what is timed is its work and not that of asking for it."""

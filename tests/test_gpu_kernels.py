@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from types import ModuleType
 
+import emulated_card
 import plain_passes
 import pytest
 import torch
@@ -26,6 +27,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
     """Whose kernels are called where channels lie beside each other."""
     if request.param == "ATen":
         monkeypatch.setenv(channel_kernels.VARIABLE, "0")
+    elif emulated_card.is_wanted() and not emulated_card.interprets_kernels():
+        pytest.skip("the emulated card runs Triton's kernels under the interpreter alone")
     channel_kernels._passes.cache_clear()
     assert (channel_kernels._passes(GPU, torch.float32) is None) is (request.param == "ATen")
     yield request.param
@@ -125,6 +128,8 @@ def test_kernels_for_channels_last(kernels: str, dtype: torch.dtype, gaps: bool)
 @pytest.mark.parametrize("shape", [(1, 2, 3, 5), (2, 24, 90, 111), (1, 64, 333, 400), (3, 2050, 8, 8)])
 def test_norms_that_take_activations_along(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """As in plain operators, in float64, of maps of some sizes and alignments."""
+    if emulated_card.is_wanted() and not emulated_card.interprets_kernels():
+        pytest.skip("the emulated card runs Triton's kernels under the interpreter alone")
     torch.manual_seed(0)
     x, gradient, summand, mean, scale, shift = (
         each.to(GPU) for each in plain_passes.operands(shape, dtype, torch.Generator().manual_seed(0))

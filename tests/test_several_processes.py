@@ -156,6 +156,7 @@ def beside_plain_on_a_card(rank: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.gpu
+@pytest.mark.real
 def test_synchronised_batch_norm_is_that_of_plain_pytorch(tmp_path: Path) -> None:
     for plain, streamed in in_two_processes(beside_plain_on_a_card, tmp_path):
         torch.testing.assert_close(streamed, plain, rtol=1e-8, atol=1e-10)
