@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,15 @@ class Products(Tokens):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return (q * 0.3 @ k.transpose(-2, -1)).softmax(-1) @ v
+
+
+class Hidden(Tokens):
+    """The class token is hidden from all."""
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.transpose(-2, -1)
+        hides = torch.arange(scores.shape[-1]) == 0
+        return scores.masked_fill(hides, -math.inf).softmax(-1) @ v
 
 
 class Equations(Tokens):
@@ -132,7 +142,7 @@ class Layer(Tokens):
         return self.layer(tokens)
 
 
-KINDS = [Tokens, Products, Equations, Factors, ClassAttention, ClassProducts, Registers, Layer]
+KINDS = [Tokens, Products, Hidden, Equations, Factors, ClassAttention, ClassProducts, Registers, Layer]
 
 
 @settings(max_examples=100)
@@ -199,6 +209,27 @@ def channels_first(x: Tensor) -> Tensor:
     z = y.softmax(2) * y.log_softmax(-1) + y.logsumexp(2, keepdim=True)
     means = y.sum(2) * y.mean(-1) * z[..., 0]
     return z[..., 1:-1].view_as(x) + means[..., None, None]
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+@pytest.mark.parametrize("operator", [torch.softmax, torch.log_softmax, torch.logsumexp])
+def test_infinite_scores(operator: Function, value: float) -> None:
+    """Where plain PyTorch gives NaN, too."""
+
+    def scores(x: Tensor) -> Any:
+        y = torch.cat((torch.full((len(x), WIDTH, 1), value, dtype=x.dtype), x.flatten(2)), 2)
+        # Of the first channel all, of the others the first alone.
+        y = y.masked_fill((torch.arange(WIDTH) == 0)[None, :, None], value)
+        found = operator(y, 2)
+        return found if found.dim() == 2 else (found[..., 0], found[..., 1:].view_as(x))
+
+    net = after_convolution(scores).double()
+    image = torch.randn(SHAPE, dtype=torch.float64)
+    with torch.no_grad():
+        expected = net(image)
+        model = StreamingModel(net, tile=TILE)
+        model.resident_tail = False
+        torch.testing.assert_close(model(image), expected, rtol=1e-9, atol=1e-9, equal_nan=True)
 
 
 def padded(x: Tensor) -> Tensor:

@@ -262,16 +262,28 @@ def _exponential(caller: Caller, call: Call, value: Joined) -> Any:
         return MEET
     like = caller.recording.fake_seen(call)
     dtype = statistics_dtype(like.dtype)
+    lowest = torch.finfo(dtype).min
+
+    def called(target: Any, *args: Any) -> Any:
+        return caller.called(Call(target, args, {}))
+
     parts = [as_type(caller, part, dtype) for part in value.parts]
-    sums = [caller.called(Call(aten.logsumexp.default, (part, [value.axis], True), {})) for part in parts]
-    beside = caller.called(Call(aten.cat.default, (sums, value.axis), {}))
+    # A part that a mask hides has a sum of 0, and its logarithm no gradient.
+    shown = [called(aten.clamp.default, part, lowest) for part in parts]
+    sums = [called(aten.logsumexp.default, part, [value.axis], True) for part in shown]
+    beside = called(aten.cat.default, sums, value.axis)
     keeps = call.target is not aten.logsumexp.default or call.bind("keepdim")[0]
-    total = caller.called(Call(aten.logsumexp.default, (beside, [value.axis], keeps), {}))
+    total = called(aten.logsumexp.default, beside, [value.axis], keeps)
+    is_hidden = called(aten.le.Scalar, total, lowest)
     if call.target is aten.logsumexp.default:
-        return as_type(caller, total, like.dtype)
-    found = [caller.called(Call(aten.sub.Tensor, (part, total), {})) for part in parts]
+        return as_type(caller, called(aten.masked_fill.Scalar, total, is_hidden, -math.inf), like.dtype)
+    # As in plain PyTorch, where the largest value is subtracted first.
+    is_infinite = called(aten.eq.Scalar, total, math.inf)
+    undefined = called(aten.logical_or.default, is_hidden, is_infinite)
+    total = called(aten.masked_fill.Scalar, total, undefined, math.nan)
+    found = [called(aten.sub.Tensor, part, total) for part in parts]
     if call.target is aten.softmax.int:
-        found = [caller.called(Call(aten.exp.default, (part,), {})) for part in found]
+        found = [called(aten.exp.default, part) for part in found]
     return Joined(tuple(as_type(caller, part, like.dtype) for part in found), value.axis)
 
 
