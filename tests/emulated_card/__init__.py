@@ -22,6 +22,8 @@ from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import Any
 
+from filelock import FileLock
+
 SOURCE = Path(__file__).parent / "card.cpp"
 VARIABLE = "STREAMCNN_EMULATED_CARD"
 """Set in the environment, tests run on the emulated card."""
@@ -49,19 +51,21 @@ def _built() -> Path:
     version = (torch_folder / "version.py").read_bytes()
     key = hashlib.sha256(SOURCE.read_bytes() + version + str(torch_folder).encode()).hexdigest()[:16]
     library = Path(__file__).parents[2] / "build" / f"card-{key}.so"
-    if not library.exists():
-        library.parent.mkdir(exist_ok=True)
-        fresh = library.with_suffix(f".{os.getpid()}")
-        include, lib = torch_folder / "include", torch_folder / "lib"
-        subprocess.run(
-            [
-                *("g++", "-O1", "-std=c++20", "-fPIC", "-shared", f"-I{include}"),
-                *(f"-I{include}/torch/csrc/api/include", str(SOURCE), f"-L{lib}", "-ltorch_cpu", "-lc10"),
-                *(f"-Wl,-rpath,{lib}", "-o", str(fresh)),
-            ],
-            check=True,
-        )
-        fresh.replace(library)
+    library.parent.mkdir(exist_ok=True)
+    include, lib = torch_folder / "include", torch_folder / "lib"
+    # Of several processes one builds it, which takes 20 seconds.
+    with FileLock(library.with_suffix(".lock")):
+        if not library.exists():
+            fresh = library.with_suffix(".fresh")
+            subprocess.run(
+                [
+                    *("g++", "-O1", "-std=c++20", "-fPIC", "-shared", f"-I{include}"),
+                    *(f"-I{include}/torch/csrc/api/include", str(SOURCE), f"-L{lib}", "-ltorch_cpu", "-lc10"),
+                    *(f"-Wl,-rpath,{lib}", "-o", str(fresh)),
+                ],
+                check=True,
+            )
+            fresh.replace(library)
     return library
 
 

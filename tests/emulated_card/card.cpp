@@ -15,6 +15,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstring>
 #include <deque>
@@ -30,8 +31,10 @@ namespace {
 constexpr auto kCard = c10::DeviceType::CUDA;
 const c10::Device card{kCard, 0};
 
+// What follows is never destroyed: tensors may be freed when the process ends.
+
 // A lock that work under it may take again. Nothing waits for Python's own lock while it is held.
-std::recursive_mutex mutex;
+auto& mutex = *new std::recursive_mutex;
 using Guard = std::lock_guard<std::recursive_mutex>;
 
 bool overlap(const char* a, size_t a_bytes, const char* b, size_t b_bytes) {
@@ -55,7 +58,7 @@ struct Queue {
   int64_t asked() const { return done + static_cast<int64_t>(tasks.size()); }
 };
 
-std::map<int64_t, Queue> queues;
+auto& queues = *new std::map<int64_t, Queue>;
 thread_local int64_t current_stream = 0;
 int64_t num_streams = 1;
 std::atomic<int64_t> num_waits{0}, num_operators{0};
@@ -131,14 +134,14 @@ struct Pool {
 };
 
 constexpr size_t kGranule = 512, kSmall = size_t{1} << 20;
-Pool pools[2] = {{size_t{2} << 20, size_t{4} << 30}, {size_t{20} << 20, size_t{64} << 30}};
+auto& pools = *new std::array<Pool, 2>{{{size_t{2} << 20, size_t{4} << 30}, {size_t{20} << 20, size_t{64} << 30}}};
 
 struct Block {
   int pool;
   size_t offset, nbytes;
   int64_t stream;
 };
-std::unordered_map<void*, Block> blocks;
+auto& blocks = *new std::unordered_map<void*, Block>;
 
 struct Statistics {
   int64_t allocated = 0, allocated_peak = 0, reserved = 0, reserved_peak = 0, num_retries = 0, num_refusals = 0;
@@ -255,12 +258,11 @@ struct CardAllocator final : c10::Allocator {
     std::memcpy(target, source, nbytes);
   }
 };
-CardAllocator card_allocator;
+auto& card_allocator = *new CardAllocator;
 
 // --- pinned memory ------------------------------------------------------------------------------------------
 
-std::map<char*, size_t> pinned;
-std::vector<char*> waiting;  // freed while a copy that was asked for still uses it, as PyTorch's pinned blocks
+auto& pinned = *new std::map<char*, size_t>;
 struct {
   int64_t current = 0, peak = 0;
 } active;
@@ -281,12 +283,10 @@ void unpinned(void* data) {
   size_t nbytes = it->second;
   active.current -= static_cast<int64_t>(nbytes);
   pinned.erase(it);
-  if (is_in_use(place, nbytes)) {
-    waiting.push_back(place);
-  } else {
-    std::memset(place, 0xFF, nbytes);
-    std::free(place);
-  }
+  // PyTorch's own waits for copies that still use a block; here it is not used again.
+  if (is_in_use(place, nbytes)) return;
+  std::memset(place, 0xFF, nbytes);
+  std::free(place);
 }
 
 struct PinnedAllocator final : c10::Allocator {
@@ -308,9 +308,9 @@ struct PinnedAllocator final : c10::Allocator {
     std::memcpy(target, source, nbytes);
   }
 };
-PinnedAllocator pinned_allocator;
+auto& pinned_allocator = *new PinnedAllocator;
 
-std::map<char*, size_t> registered;
+auto& registered = *new std::map<char*, size_t>;
 
 bool is_pinned(const void* data) {
   Guard guard(mutex);
@@ -417,12 +417,12 @@ at::Tensor& copy_(at::Tensor& target, const at::Tensor& source, bool non_blockin
   c10::InferenceMode inference;
   auto from = beneath(source).expand(target.sizes()), into = beneath(target);
   if (!target.numel()) return target;
-  Guard guard(mutex);
   auto stream = current_stream;
   bool crosses = target.is_cuda() != source.is_cuda();
-  bool sides = crosses && non_blocking && is_pinned(target.is_cuda() ? source.data_ptr() : target.data_ptr());
-  if (!sides) {
-    if (crosses) count_wait();
+  bool is_late = crosses && non_blocking && is_pinned(target.is_cuda() ? source.data_ptr() : target.data_ptr());
+  if (crosses && !is_late) count_wait();
+  Guard guard(mutex);
+  if (!is_late) {
     finish(stream);
     into.copy_(from);
     return target;
@@ -535,7 +535,8 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       for (const std::optional<at::Tensor>& x : value.toOptionalTensorList()) if (x) look(*x);
   }
   TORCH_CHECK(!(here && there) || kMixes.count(name),
-              "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! (", name, ")");
+              "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! (", name,
+              ")");
   if (kWaits.count(name)) count_wait();
   if (depth == 0) {
     ++num_operators;
@@ -554,13 +555,15 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 
 at::Tensor empty(c10::SymIntArrayRef sizes, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
                  std::optional<at::Device>, std::optional<bool>, std::optional<at::MemoryFormat> format) {
-  return at::detail::empty_generic(C10_AS_INTARRAYREF_SLOW(sizes), &card_allocator, c10::DispatchKeySet(c10::DispatchKey::CUDA),
+  return at::detail::empty_generic(C10_AS_INTARRAYREF_SLOW(sizes), &card_allocator,
+                                   c10::DispatchKeySet(c10::DispatchKey::CUDA),
                                    c10::dtype_or_default(dtype), format);
 }
 
 at::Tensor empty_strided(c10::SymIntArrayRef sizes, c10::SymIntArrayRef strides, std::optional<at::ScalarType> dtype,
                          std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>) {
-  return at::detail::empty_strided_generic(C10_AS_INTARRAYREF_SLOW(sizes), C10_AS_INTARRAYREF_SLOW(strides), &card_allocator,
+  return at::detail::empty_strided_generic(C10_AS_INTARRAYREF_SLOW(sizes), C10_AS_INTARRAYREF_SLOW(strides),
+                                           &card_allocator,
                                            c10::DispatchKeySet(c10::DispatchKey::CUDA), c10::dtype_or_default(dtype));
 }
 
@@ -615,7 +618,8 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("set_.source_Storage_storage_offset", set_storage);
   library.impl("set_.source_Storage", set_whole);
   library.impl("set_", set_);
-  for (auto name : {"mse_loss", "smooth_l1_loss", "huber_loss", "convolution", "convolution_backward", "convolution_overrideable", "convolution_backward_overrideable"})
+  // What PyTorch would otherwise divide among kernels that are a card's, or compute into a result of another shape.
+  for (auto name : {"mse_loss", "smooth_l1_loss", "huber_loss", "convolution", "convolution_backward"})
     library.impl(name, torch::CppFunction::makeFromBoxedFunction<&fallback>());
 }
 
