@@ -6,17 +6,15 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pynvml
 import pytest
 import torch
-from gpu_cases import GPU, SHAPE, assert_same, make_net, update
+from gpu_cases import GPU, SHAPE, assert_same, make_net, put_away, update
 from tile_operators import Evaluate, RefusedOnce, around_operators
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,10 +22,7 @@ from torch.nn import functional as F
 from streamcnn import BudgetExceeded, PlanDoesNotFit, StreamingModel, verify
 from streamcnn.ceiling.cuda import MARGIN_BYTES, cuda_ceiling
 from streamcnn.ceiling.device import reserved_bytes
-from streamcnn.graph.program import Program
-from streamcnn.plan.plan import Plan
 from streamcnn.plan.storage import Tier
-from streamcnn.runtime import plan_cache
 from streamcnn.runtime.rates import measured_rates
 from streamcnn.support.models import load_model
 from streamcnn.verification import rounding
@@ -256,18 +251,7 @@ def test_stores_away_from_the_device(
     net = make_net().double().to(GPU, memory_format=memory_format)
     image = torch.randn(shape, dtype=torch.float64, device=GPU).to(memory_format=memory_format)
     expected = update(copy.deepcopy(net), image)
-    original = plan_cache.make_plan
-
-    def away(*args: Any) -> tuple[Program, Plan, str | None]:
-        program, plan, tail = original(*args)
-        stores = {
-            name: dataclasses.replace(store, tier=tier, gradient_tier=tier)
-            for name, store in plan.stores.items()
-        }
-        parts = {(d, phase.level) for phase in plan.phases for d in ("forward", "backward") if overlaps}
-        return program, dataclasses.replace(plan, stores=stores, overlapped=frozenset(parts)), tail
-
-    monkeypatch.setattr(plan_cache, "make_plan", away)
+    put_away(monkeypatch, tier, overlaps=overlaps)
     model = StreamingModel(net, "3GB", tile=tile)
     model.resident_tail = False
     # Again and again, since buffers that are reused too early show only now and then.

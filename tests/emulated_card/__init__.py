@@ -333,6 +333,9 @@ def install() -> None:
 
     torch.Tensor.__deepcopy__ = deep_copy  # type: ignore[method-assign]
 
+    # It would warn that there is no cuDNN.
+    torch.backends.cudnn.is_acceptable = lambda tensor: False
+
     _add_operators()
 
     nvml = _Nvml()
