@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import itertools
 import logging
@@ -10,7 +9,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import emulated_card
 import hypothesis
@@ -20,14 +18,12 @@ if emulated_card.is_wanted():
     emulated_card.install()
 
 import torch
+from stores_away import away
 
 from streamcnn.ceiling.kept_blocks import give_back
 from streamcnn.cli import command_line
 from streamcnn.data.tile_store import TileStore
-from streamcnn.graph.program import Program
-from streamcnn.plan.plan import Plan
 from streamcnn.plan.storage import Tier
-from streamcnn.runtime import plan_cache
 from streamcnn.stores import SpillFolder
 
 # Plans are then the same on every machine.
@@ -129,17 +125,7 @@ def spill(tmp_path: Path) -> Iterator[SpillFolder]:
 @pytest.fixture
 def on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put every stored map and its gradient on the disk."""
-    original = plan_cache.make_plan
-
-    def spilled(*args: Any) -> tuple[Program, Plan, str | None]:
-        program, plan, tail = original(*args)
-        stores = {
-            name: dataclasses.replace(store, tier=Tier.DISK, gradient_tier=Tier.DISK)
-            for name, store in plan.stores.items()
-        }
-        return program, dataclasses.replace(plan, stores=stores), tail
-
-    monkeypatch.setattr(plan_cache, "make_plan", spilled)
+    away(monkeypatch, lambda name: Tier.DISK, lambda part: False)
 
 
 @pytest.fixture

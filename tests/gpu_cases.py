@@ -1,18 +1,9 @@
-"""A net, an update of it, a comparison of two updates, and stores elsewhere, for tests on a CUDA device."""
+"""A net, an update of it, and a comparison of two updates, for tests on a CUDA device."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
-import pytest
 import torch
 from torch import Tensor, nn
-
-from streamcnn.graph.program import Program
-from streamcnn.plan.plan import Plan
-from streamcnn.plan.storage import Tier
-from streamcnn.runtime import plan_cache
 
 GPU = torch.device("cuda:0")
 SHAPE = (2, 3, 150, 131)
@@ -52,19 +43,3 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
         for name in names:
             distance = float((found[name].double() - expected[name].double()).abs().max())
             assert distance <= tolerance * largest, f"{name}: {distance:.2e} of {largest:.2e}"
-
-
-def put_away(monkeypatch: pytest.MonkeyPatch, tier: Tier, *, overlaps: bool) -> None:
-    """Have all maps and gradients stored in ``tier``; if asked, they move while others are computed."""
-    original = plan_cache.make_plan
-
-    def away(*args: Any) -> tuple[Program, Plan, str | None]:
-        program, plan, tail = original(*args)
-        stores = {
-            name: dataclasses.replace(store, tier=tier, gradient_tier=tier)
-            for name, store in plan.stores.items()
-        }
-        parts = {(d, phase.level) for phase in plan.phases for d in ("forward", "backward") if overlaps}
-        return program, dataclasses.replace(plan, stores=stores, overlapped=frozenset(parts)), tail
-
-    monkeypatch.setattr(plan_cache, "make_plan", away)

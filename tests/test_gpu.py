@@ -14,7 +14,8 @@ from contextlib import contextmanager
 import pynvml
 import pytest
 import torch
-from gpu_cases import GPU, SHAPE, assert_same, make_net, put_away, update
+from gpu_cases import GPU, SHAPE, assert_same, make_net, update
+from stores_away import away
 from tile_operators import Evaluate, RefusedOnce, around_operators
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -251,7 +252,7 @@ def test_stores_away_from_the_device(
     net = make_net().double().to(GPU, memory_format=memory_format)
     image = torch.randn(shape, dtype=torch.float64, device=GPU).to(memory_format=memory_format)
     expected = update(copy.deepcopy(net), image)
-    put_away(monkeypatch, tier, overlaps=overlaps)
+    away(monkeypatch, lambda name: tier, lambda part: overlaps)
     model = StreamingModel(net, "3GB", tile=tile)
     model.resident_tail = False
     # Again and again, since buffers that are reused too early show only now and then.

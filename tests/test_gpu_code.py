@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gpu_cases import GPU, assert_same, update
+from helpers import all_in_tiles
 from torch import Tensor, nn
 
 from streamcnn import StreamingModel
@@ -72,8 +73,7 @@ class Net(nn.Module):
 def assert_streams(net: nn.Module) -> None:
     """Two passes of an image, and one of another size."""
     plain = copy.deepcopy(net).double().to(GPU)
-    model = StreamingModel(net.double().to(GPU), tile=16)
-    model.resident_tail = False
+    model = all_in_tiles(net.double().to(GPU))
     for shape in ((2, 3, 40, 37), (2, 3, 40, 37), (1, 3, 33, 50)):
         image = torch.randn(shape, dtype=torch.float64, device=GPU)
         model.zero_grad()

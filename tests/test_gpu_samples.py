@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import emulated_card
 import pytest
-from gpu_cases import GPU, put_away
+from gpu_cases import GPU
+from stores_away import away
 
 from streamcnn import verify
 from streamcnn.graph.ops import samples
@@ -23,7 +24,7 @@ pytestmark = [
 def place(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
     """Where maps are stored: as planned, or in host memory with copies while others are computed."""
     if request.param == "away":
-        put_away(monkeypatch, Tier.HOST, overlaps=True)
+        away(monkeypatch, lambda name: Tier.HOST)
     return str(request.param)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import gc
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,16 +11,15 @@ from typing import Any
 import pytest
 import torch
 from copy_engines import LateCopies
+from stores_away import away
 from streaming_cases import Gate, assert_same_gradients, error_of, loss_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from streamcnn import StreamingModel
 from streamcnn.execution.exchange import Exchange
-from streamcnn.graph.program import Program
-from streamcnn.plan.plan import PassPart, Plan
 from streamcnn.plan.storage import Tier
-from streamcnn.runtime import pass_stores, plan_cache
+from streamcnn.runtime import pass_stores
 from streamcnn.stores import GpuTransfers
 
 SHAPE = (1, 3, 61, 53)
@@ -74,29 +72,6 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[LateCopies]]:
     yield made
     assert made
     assert not any(engine.num_open for engine in made)
-
-
-def away(
-    monkeypatch: pytest.MonkeyPatch,
-    choose: Callable[[str], Tier],
-    overlaps: Callable[[PassPart], bool] = lambda part: True,
-) -> None:
-    """Have plans keep maps away from memory, and move them beside."""
-    original = plan_cache.make_plan
-
-    def planned(*args: Any) -> tuple[Program, Plan, str | None]:
-        program, plan, tail = original(*args)
-        stores = {
-            name: dataclasses.replace(store, tier=choose(name), gradient_tier=choose(name))
-            for name, store in plan.stores.items()
-        }
-        again = [phase for phases in plan.rematerialised.values() for phase in phases]
-        parts = {(direction, phase.level) for phase in plan.phases for direction in ("forward", "backward")}
-        parts |= {("again", phase.level) for phase in again}
-        moving = frozenset(filter(overlaps, parts))
-        return program, dataclasses.replace(plan, stores=stores, overlapped=moving), tail
-
-    monkeypatch.setattr(plan_cache, "make_plan", planned)
 
 
 def on_host(name: str) -> Tier:

@@ -20,8 +20,9 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
-from typing import Any
+from typing import Any, cast
 
+from fake_nvml import Device, FakeNvml, Process
 from filelock import FileLock
 
 SOURCE = Path(__file__).parent / "card.cpp"
@@ -263,7 +264,6 @@ def install() -> None:
     """Give PyTorch the card. It stays until the process ends."""
     card = library()
 
-    import pynvml
     import torch
 
     started = False
@@ -338,10 +338,7 @@ def install() -> None:
 
     _add_operators()
 
-    nvml = _Nvml()
-    for name in dir(nvml):
-        if name.startswith("nvml"):
-            setattr(pynvml, name, getattr(nvml, name))
+    sys.modules["pynvml"] = cast(Any, _Nvml())
 
 
 _operators: list[Any] = []
@@ -402,37 +399,14 @@ def _add_operators() -> None:
     _operators.append(library)
 
 
-class _Nvml:
+class _Nvml(FakeNvml):
     """What ``pynvml`` says of the card."""
 
-    def nvmlInit(self) -> None:
-        pass
+    def __init__(self) -> None:
+        super().__init__(Device(f"GPU-{UUID}", total=TOTAL))
 
-    def nvmlDeviceGetCount(self) -> int:
-        return 1
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> str:
-        return UUID
-
-    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
-        import pynvml
-
-        if uuid != f"GPU-{UUID}":
-            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
-        return UUID
-
-    def nvmlDeviceGetUUID(self, handle: str) -> str:
-        return f"GPU-{UUID}"
-
-    def nvmlDeviceGetMigMode(self, handle: str) -> list[int]:
-        import pynvml
-
-        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
-
-    def nvmlDeviceGetMemoryInfo(self, handle: str, version: Any = None) -> SimpleNamespace:
+    def _enter(self, name: str) -> None:
         used = CONTEXT + statistics().reserved
-        return SimpleNamespace(total=TOTAL, used=used, free=TOTAL - used)
-
-    def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[SimpleNamespace]:
-        used = CONTEXT + statistics().reserved
-        return [SimpleNamespace(pid=os.getpid(), usedGpuMemory=used)]
+        (card,) = self.devices
+        card.used, card.processes = used, [Process(os.getpid(), used)]
+        super()._enter(name)
