@@ -28,7 +28,7 @@ import streamcnn.graph.ops  # noqa: F401  likewise
 from streamcnn.capture.capture import RawNode, moved
 from streamcnn.capture.lowering.fake_calls import FakeCalls
 from streamcnn.capture.lowering.folding import MERGING, Folded, is_folded, stream_folded, unfolded
-from streamcnn.capture.lowering.joined import Joined, first_ref, is_joined, stream_joined
+from streamcnn.capture.lowering.joined import Joined, as_type, first_ref, is_joined, stream_joined
 from streamcnn.capture.lowering.joined_calls import joins_tokens
 from streamcnn.capture.lowering.recording import LIKE_OTHERS, Recording, RecordingMark
 from streamcnn.errors import UnsupportedModel
@@ -125,11 +125,7 @@ class Lowering:
         if before is None:
             # Nothing is overwritten, or nothing reads the old value.
             return value
-        dtype = self._type_of(before)
-        return value if self._type_of(value) == dtype else self.called(Call(_CAST, (value, dtype), {}))
-
-    def _type_of(self, value: Ref | Folded | Joined) -> torch.dtype:
-        return self.recording.spec(first_ref(value)).dtype
+        return as_type(self, value, self.recording.spec(first_ref(before)).dtype)
 
     def _value(self, name: str) -> Any:
         return self.values[name]

@@ -20,6 +20,7 @@ from streamcnn.capture.lowering.folding import (
     as_folded,
     as_seen,
     is_folded,
+    is_global,
     parts_of,
     reshaped,
     stream_folded,
@@ -191,7 +192,7 @@ def _reshaped(tracer: FoldingTracer, value: Any, shape: tuple[int, ...]) -> Any:
 
 def _applied(tracer: FoldingTracer, call: Call) -> Any:
     """The result of a call on maps as the user's code sees them, or on global values alone."""
-    if all(isinstance(value, Ref) and tracer.axes(value) is None for value in values_of(call)):
+    if all(is_global(tracer, value) for value in values_of(call)):
         return tracer.global_value(call.target, *call.args, **call.kwargs)
     result = NotStreamable("") if is_folded(call) else tracer.stream(call)
     return stream_folded(tracer, call) if isinstance(result, NotStreamable) else result

@@ -10,6 +10,7 @@ from streamcnn.capture.lowering.folding import (
     FoldingTracer,
     as_folded,
     as_seen,
+    is_global,
     parts_of,
     reshaped,
     values_of,
@@ -24,7 +25,7 @@ def _recurrent_layer(tracer: FoldingTracer, call: Call) -> Any:
     value = as_folded(tracer, call.args[0])
     states, layers, dropout, trains = call.bind("hx", "num_layers", "dropout", "train")
     states = [states] if isinstance(states, (Ref, Folded)) else states
-    if any(_is_map(tracer, each) for each in values_of(call)[1:]):
+    if not all(is_global(tracer, each) for each in values_of(call)[1:]):
         return NotStreamable("its first states or weights depend on the position")
     if len(value.runs) != 3:
         return NotStreamable("its batch has no positions")
@@ -54,10 +55,6 @@ def _recurrent_layer(tracer: FoldingTracer, call: Call) -> Any:
     run = (1, len(between), 1)
     seen = (as_seen(tracer, state, run, each.shape) for state, each in zip(states, last, strict=True))
     return (as_seen(tracer, output, value.runs, like.shape), *seen)
-
-
-def _is_map(tracer: FoldingTracer, value: Ref | Folded) -> bool:
-    return isinstance(value, Folded) or tracer.axes(value) is not None
 
 
 TRANSLATIONS[recurrent.recurrent_layer] = _recurrent_layer

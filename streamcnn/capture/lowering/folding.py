@@ -98,6 +98,11 @@ def is_folded(call: Call) -> bool:
     return any(isinstance(leaf, Folded) for leaf in pytree.tree_leaves((call.args, dict(call.kwargs))))
 
 
+def is_global(tracer: Tracer, value: Ref | Folded) -> bool:
+    """Whether a value is none of a map's."""
+    return isinstance(value, Ref) and tracer.axes(value) is None
+
+
 def stream_folded(tracer: FoldingTracer, call: Call) -> Any:
     """Record a call that merges spatial axes, or whose operands have merged ones, on the map itself.
 

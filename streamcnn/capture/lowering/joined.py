@@ -96,15 +96,12 @@ def values_seen(call: Call) -> list[Ref | Folded | Joined]:
     return [leaf for leaf in leaves if isinstance(leaf, (Ref, Folded, Joined))]
 
 
-def is_global(tracer: FoldingTracer, value: Ref | Folded) -> bool:
-    return isinstance(value, Ref) and tracer.axes(value) is None
-
-
 def is_merged(value: Ref | Folded, axis: int) -> bool:
     return isinstance(value, Folded) and value.runs[axis] > 1
 
 
-def as_type(caller: Caller, value: Ref | Folded, dtype: torch.dtype) -> Any:
+def as_type(caller: Caller, value: Ref | Folded | Joined, dtype: torch.dtype) -> Any:
+    """A value in a dtype; itself if it has that."""
     if caller.recording.spec(first_ref(value)).dtype == dtype:
         return value
     return caller.called(Call(aten.to.dtype, (value, dtype), {}))

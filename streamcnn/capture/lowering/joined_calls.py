@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from streamcnn.capture.lowering.folding import is_global
 from streamcnn.capture.lowering.joined import (
     HANDLERS,
     MEET,
     Caller,
     Joined,
     as_type,
-    is_global,
     is_merged,
     joined_in,
     shape_seen,
@@ -197,11 +197,16 @@ def _along(caller: Caller, call: Call) -> Any:
         return joins_tokens(caller, call) if dim == first.axis else each_part(caller, call)
     dims = call.bind("dims" if takes(call.target, "dims") else "dim")[0]
     ndim = len(shape_seen(tracer, first)) + (call.target is aten.stack.default)
-    listed = [dim % ndim for dim in ([dims] if isinstance(dims, int) else dims or range(ndim))]
+    listed = _listed(dims, ndim)
     if call.target is not aten.stack.default and first.axis in listed:
         along = _ALONG_TOKENS.get(rule_for(call.target))
         return MEET if along is None or len(listed) > 1 else along(caller, call, first)
     return each_part(caller, call)
+
+
+def _listed(dims: int | Sequence[int] | None, ndim: int) -> list[int]:
+    """The axes, of ``ndim``, that ``dims`` names, counted from the front; all of them if it names none."""
+    return [dim % ndim for dim in ([dims] if isinstance(dims, int) else dims or range(ndim))]
 
 
 def _slice(caller: Caller, call: Call, value: Joined) -> Any:
@@ -271,9 +276,9 @@ def _exponential(caller: Caller, call: Call, value: Joined) -> Any:
     # A part that a mask hides has a sum of 0, and its logarithm no gradient.
     shown = [called(aten.clamp.default, part, lowest) for part in parts]
     sums = [called(aten.logsumexp.default, part, [value.axis], True) for part in shown]
-    beside = called(aten.cat.default, sums, value.axis)
+    every = called(aten.cat.default, sums, value.axis)
     keeps = call.target is not aten.logsumexp.default or call.bind("keepdim")[0]
-    total = called(aten.logsumexp.default, beside, [value.axis], keeps)
+    total = called(aten.logsumexp.default, every, [value.axis], keeps)
     is_hidden = called(aten.le.Scalar, total, lowest)
     if call.target is aten.logsumexp.default:
         return as_type(caller, called(aten.masked_fill.Scalar, total, is_hidden, -math.inf), like.dtype)
@@ -292,7 +297,7 @@ def _sum(caller: Caller, call: Call) -> Any:
     tracer, (value,) = caller.recording, joined_in(call)
     dims = call.bind("dim")[0] if takes(call.target, "dim") else None
     ndim = len(shape_seen(tracer, value))
-    listed = [dim % ndim for dim in ([dims] if isinstance(dims, int) else dims or range(ndim))]
+    listed = _listed(dims, ndim)
     if value.axis not in listed:
         return each_part(caller, call)
     keepdim = call.bind("keepdim")[0] if takes(call.target, "keepdim") else False

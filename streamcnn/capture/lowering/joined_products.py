@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from streamcnn.capture.lowering.joined import HANDLERS, MEET, Caller, Joined, is_global, shape_seen, sizes_of
+from streamcnn.capture.lowering.folding import is_global
+from streamcnn.capture.lowering.joined import HANDLERS, MEET, Caller, Joined, shape_seen, sizes_of
 from streamcnn.capture.lowering.joined_calls import added, beside, each_part
 from streamcnn.graph.ops import attention, products
 from streamcnn.graph.ops.rules import Call, NotStreamable
