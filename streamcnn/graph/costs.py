@@ -173,6 +173,9 @@ class Cost:
     copy then."""
     on_whole: Callable[..., Tensor] | None = None
     """A faster function to call instead on whole values, with the same arguments."""
+    together: Callable[..., list[Tensor]] | None = None
+    """Computes the values of several calls at once, without gradients: it takes a list for each argument, of
+    tensors of any shapes but one dtype, or of numbers of one type."""
     detaches: bool = False
     """Whether no gradient passes through it."""
     draws: bool = False

@@ -21,6 +21,7 @@ from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.costs import draws
 from streamcnn.graph.fakes import TRACING
 from streamcnn.graph.program import Axes, Kind, Node, Program, refs_in, substitute
+from streamcnn.graph.together import with_updates_together
 from streamcnn.graph.whole import GradientHook, OnlyResult, Whole
 
 
@@ -103,8 +104,9 @@ class Trace:
         needed = _needed(nodes, (*refs_in(outputs), *updates.values(), *_run_if_unread(nodes), graph.image))
         _refuse_unread_draws(nodes, needed)
         read = {name: key for name, key in graph.states.items() if name in needed}
+        nodes = {name: node for name, node in nodes.items() if name in needed}
         return Program(
-            nodes={name: node for name, node in nodes.items() if name in needed},
+            nodes=with_updates_together(nodes, updates.values(), refs_in(outputs)),
             image=graph.image,
             states={name: key for name, key in read.items() if name not in self._maps},
             maps={name: key for name, key in read.items() if name in self._maps},

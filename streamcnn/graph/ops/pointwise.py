@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._ops import OpOverload
 
 from streamcnn.geometry.axis_maps import Broadcast, Same
@@ -340,7 +340,16 @@ declare(
 declare(aten.exp, aten.relu, aten.sigmoid, aten.tanh, cost=replace(_FUSED, saves=RESULT))
 declare(aten.reciprocal, aten.rsqrt, aten.sqrt, cost=replace(ELEMENTWISE, saves=RESULT))
 declare(aten.clone, aten.neg, aten.to, aten._to_copy, cost=replace(_FUSED, saves=NOTHING))
-declare(aten.add, torch.add, aten.sub, cost=replace(_FUSED, backward_workspace=_summed_up(0), saves=NOTHING))
+
+
+def _added_together(values: list[Tensor], summands: list[Any]) -> list[Tensor]:
+    """Each value plus its summand, such as the number of batches that a norm has seen plus one."""
+    return list(torch._foreach_add(values, summands))
+
+
+_SUM = replace(_FUSED, backward_workspace=_summed_up(0), saves=NOTHING)
+declare(aten.sub, cost=_SUM)
+declare(aten.add, torch.add, cost=replace(_SUM, together=_added_together))
 declare(aten.mul, torch.mul, cost=replace(ELEMENTWISE, backward_workspace=_summed_up(1), saves=FACTORS))
 declare(aten.prelu, cost=replace(ELEMENTWISE, backward_workspace=_summed_up(1)))
 declare(aten.atan2, aten.erf, cost=replace(ELEMENTWISE, backward_workspace=_results(4)))

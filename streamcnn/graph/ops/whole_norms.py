@@ -76,6 +76,20 @@ def mixed(running: Tensor, value: Tensor, rate: float | Tensor, factor: float) -
     return mean.to(running.dtype)
 
 
+def _mixed_together(
+    running: list[Tensor], values: list[Tensor], rates: list[float], factors: list[float]
+) -> list[Tensor]:
+    """:func:`mixed` of each running value, in a launch for each operation."""
+    dtype = torch.promote_types(running[0].dtype, values[0].dtype)
+    means = torch._foreach_mul([value.detach().to(dtype) for value in running], [1 - rate for rate in rates])
+    weights = [rate * factor for rate, factor in zip(rates, factors, strict=True)]
+    torch._foreach_add_(means, torch._foreach_mul([value.detach().to(dtype) for value in values], weights))
+    return [mean.to(value.dtype) for mean, value in zip(means, running, strict=True)]
+
+
+declare(mixed, cost=Cost(together=_mixed_together))
+
+
 def functional_batch_norm(
     x: Tensor,
     weight: Tensor | None,
