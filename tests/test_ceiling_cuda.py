@@ -332,6 +332,31 @@ class TestCheck:
             run()
         assert passed == [1]
 
+    def test_the_card_is_asked_once_for_each_sample_and_not_after_every_step(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        fake, gauge = make_card()
+        ceiling = CudaCeiling(gauge, interval=3600)
+        asked: list[int] = []
+        read = gauge.max_reserved
+        monkeypatch.setattr(gauge, "max_reserved", lambda: (asked.append(1), read())[1])
+        steps: list[int] = []
+
+        def run() -> None:
+            with ceiling.limit(BUDGET) as limit:
+                for step in range(9):
+                    ceiling.check()
+                    steps.append(step)
+                assert len(asked) == 1
+                fake.grow(2 * GB)
+                limit._sampler.sample()
+                ceiling.check()
+                steps.append(9)
+
+        with pytest.raises(BudgetExceeded, match="cuda:0"):
+            run()
+        assert steps == list(range(9))
+
     def test_the_budget_itself_is_allowed(self) -> None:
         fake, gauge = make_card()
         with CudaLimit(gauge, BUDGET) as limit:

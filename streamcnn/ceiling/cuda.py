@@ -97,6 +97,11 @@ class CudaLimit:
         """NVML's known readings in order: ``time.perf_counter()`` in seconds, bytes."""
         return self._sampler.samples
 
+    @property
+    def num_samples(self) -> int:
+        """How often NVML was asked, whether it knew an answer or not."""
+        return self._sampler.num_asked
+
     def check(self) -> None:
         """Raise if the process has held more than the budget.
 
@@ -197,6 +202,8 @@ class CudaCeiling:
         """Reads and caps the card."""
         self._interval = interval
         self._limit: CudaLimit | None = None
+        self._num_seen = 0
+        """The number of samples when the limit was checked last."""
 
     @property
     def baseline_bytes(self) -> int | None:
@@ -215,15 +222,20 @@ class CudaCeiling:
 
     def limit(self, budget: int | None, *, reuse_heap: bool = False, kept: int | None = None) -> CudaLimit:
         """The limit for one direction of a pass; ``reuse_heap`` and ``kept`` only concern host memory."""
-        self._limit = CudaLimit(self.gauge, budget, interval=self._interval)
+        self._limit, self._num_seen = CudaLimit(self.gauge, budget, interval=self._interval), 0
         return self._limit
 
     def keep_blocks(self, nbytes: int) -> None:
         """Do nothing: PyTorch's allocator decides what it keeps."""
 
     def check(self, *, compiled: bool = True) -> None:
-        """Raise ``BudgetExceeded`` if the limit in force has been passed, by compiled code too."""
-        if self._limit is not None:
+        """Raise ``BudgetExceeded`` if the limit in force has been passed, by compiled code too.
+
+        It looks once for each sample that was taken. Looking takes as long as some launches, and a pass may
+        have hundreds of tiles; whatever is missed meanwhile is still part of the peak at the next look.
+        """
+        if self._limit is not None and self._limit.num_samples != self._num_seen:
+            self._num_seen = self._limit.num_samples
             self._limit.check()
 
     def empty_cache(self) -> None:

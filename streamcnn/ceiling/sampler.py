@@ -56,6 +56,8 @@ class Sampler(Generic[R]):
         self._samples: list[tuple[float, int]] = []
         self._stride = 1
         self._num_read = 0
+        self.num_asked = 0
+        """How often a reading was asked for, known or not."""
 
     @property
     def peak(self) -> R | None:
@@ -75,6 +77,7 @@ class Sampler(Generic[R]):
     def sample(self) -> None:
         """Take one reading now, on the calling thread."""
         reading = self._read()
+        self.num_asked += 1
         if reading is None:
             return
         mine = self._peaks.get(get_ident())
