@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from streamcnn.execution.step import Input, Operand, Operator, Output, OwnPart, Sink, Source, Step
 from streamcnn.geometry.axis_maps import AxisMap, Sliding
@@ -131,18 +132,22 @@ class _Tile:
             operands=operands,
             out=self.covered(node.name),
             result=Region(rows.result, cols.result),
-            positions=self._positions(node, operands),
-            padding=None if padding is None else (padding[0] or 0, padding[1] or 0),
+            keywords=self._keywords(node, operands, padding),
             is_skipped=is_skipped,
         )
 
-    def _positions(self, node: Node, operands: Mapping[str, Operand]) -> dict[str, Region]:
+    def _keywords(
+        self, node: Node, operands: Mapping[str, Operand], padding: _Padding | None
+    ) -> dict[str, Any]:
         assert node.local is not None
-        if not node.local.positional:
-            return {}
-        name, first = next(iter(operands.items()))
-        out = self._in_whole(node.name, self.covered(node.name))
-        return {"out": out, "origin": self._in_whole(name, first.part)}
+        keywords: dict[str, Any] = {}
+        if node.local.positional:
+            name, first = next(iter(operands.items()))
+            keywords["out"] = self._in_whole(node.name, self.covered(node.name))
+            keywords["origin"] = self._in_whole(name, first.part)
+        if padding is not None:
+            keywords["padding"] = (padding[0] or 0, padding[1] or 0)
+        return keywords
 
     def _in_whole(self, name: str, part: Region) -> Region:
         """Convert a part of the tile's region to positions of the whole map."""

@@ -77,7 +77,7 @@ class Exchange:
             case Source.VALUE:
                 return Deferred(partial(self._value, name, step))
             case Source.TERM:
-                return Deferred(partial(self._term, name, wanted.index))
+                return Deferred(partial(self._term, name, wanted.place))
 
     def _value(self, name: str, step: Step) -> Tensor:
         """A global value in the element type that a step takes."""

@@ -292,7 +292,8 @@ class Execution:
     @contextmanager
     def _timed(self, phase: Phase, direction: str) -> Iterator[None]:
         self._hooks.before_part((direction, phase.level))
-        before = self._maps.bytes_moved
+        names = {*phase.inputs, *phase.stored}
+        before = self._maps.bytes_moved(names)
         start = time.perf_counter()
         part, during = (AGAIN, "backward") if direction == "again" else ("phase", direction)
         with self._observed(part, phase.level, during):
@@ -300,7 +301,7 @@ class Execution:
             # Once a phase: where the pixels are on a GPU, this waits for it.
             self._maps.settle_images()
         seconds = time.perf_counter() - start
-        read, written = (now - then for now, then in zip(self._maps.bytes_moved, before, strict=True))
+        read, written = (now - then for now, then in zip(self._maps.bytes_moved(names), before, strict=True))
         self.reports.append(PhaseReport(phase.level, direction, phase.num_tiles, seconds, read, written))
 
     @contextmanager

@@ -36,9 +36,8 @@ def with_fused_operators(step: Step) -> Step:
 def _is_whole(run: Sequence[Operator]) -> bool:
     """Whether each operator gives just what the next one reads, without padding or positions."""
     alike = all(
-        operator.result == operator.out
-        and operator.padding is None
-        and not operator.positions
+        operator.is_placed
+        and not operator.keywords
         and not operator.is_skipped
         and all(operand.part == operand.window for operand in operator.operands.values())
         for operator in run

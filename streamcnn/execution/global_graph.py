@@ -17,7 +17,7 @@ from torch import Tensor
 
 from streamcnn.graph.autocast import as_recorded
 from streamcnn.graph.costs import cost_of
-from streamcnn.graph.program import Kind, Node, Program, TensorSpec, has_gradient, substitute, sum_dtype
+from streamcnn.graph.program import Kind, Node, Program, TensorSpec, arguments, has_gradient, sum_dtype
 from streamcnn.plan.plan import Segment
 
 Results = tuple[Tensor, ...]
@@ -54,7 +54,7 @@ class SegmentRunner(Protocol):
 def evaluate(node: Node, value_of: Callable[[str], Any]) -> Any:
     """The result of a node that computes global values, given the values of others by name."""
     assert node.target is not None
-    args, kwargs = substitute(node.args, value_of), substitute(dict(node.kwargs), value_of)
+    args, kwargs = arguments(node, value_of)
     target = cost_of(node.target).on_whole or node.target
     with as_recorded(grad=node.grad, casts=node.casts):
         return target(*args, **kwargs)

@@ -17,7 +17,7 @@ from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import crop, padded, placed, with_extents
 from streamcnn.graph.autocast import as_recorded
 from streamcnn.graph.costs import cost_of
-from streamcnn.graph.program import substitute
+from streamcnn.graph.program import arguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +55,9 @@ class TileRun:
             part = self._part(name, operand)
             return part if fill is None else padded(part, operand.axes, operand.part, operand.window, fill)
 
-        args = substitute(node.args, value_of)
-        kwargs = {**substitute(dict(node.kwargs), value_of), **operator.positions}
-        if operator.padding:
-            kwargs["padding"] = operator.padding
+        args, kwargs = arguments(node, value_of)
+        if operator.keywords:
+            kwargs = {**kwargs, **operator.keywords}
         if operator.is_skipped:
             shape = with_extents(node.tensor.shape, node.map_axes, operator.result.size)
             stand_in = cost_of(node.target).stand_in
@@ -67,11 +66,12 @@ class TileRun:
         else:
             with as_recorded(grad=node.grad, casts=node.casts):
                 value = operator.target(*args, **kwargs)
-        same = operator.result == operator.out
-        return value if same else placed(value, node.map_axes, operator.result, operator.out)
+        if operator.is_placed:
+            return value
+        return placed(value, node.map_axes, operator.result, operator.out)
 
     def _part(self, name: str, operand: Operand) -> Tensor:
-        part = self.parts.get((name, operand.part))
+        part = self.parts.get((name, operand.part)) if self.parts else None
         return crop(self.values[name], operand.axes, operand.covered, operand.part) if part is None else part
 
 

@@ -147,15 +147,14 @@ class Maps:
         stores = list(self._checkpoints.items())
         return sum(s.spec.nbytes for name, s in stores if self._plan.stores[name].tier is not Tier.DISK)
 
-    @property
-    def bytes_moved(self) -> tuple[int, int]:
-        """Bytes read from and written to the open stores so far."""
+    def bytes_moved(self, names: Iterable[str]) -> tuple[int, int]:
+        """Bytes read from and written to the open stores of these maps and their gradients so far."""
         read = written = 0
-        # A plain loop, since it runs around every phase.
-        for stores in (self._checkpoints, self._gradients):
-            for store in stores.values():
-                read += store.bytes_read
-                written += store.bytes_written
+        for name in names:
+            for stores in (self._checkpoints, self._gradients):
+                if name in stores:
+                    read += stores[name].bytes_read
+                    written += stores[name].bytes_written
         return read, written
 
     def close(self) -> None:

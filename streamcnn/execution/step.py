@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any, Literal
+from enum import StrEnum
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from streamcnn.plan.plan import TileKind
 Direction = Literal["forward", "backward"]
 
 
-class Source(Enum):
+class Source(StrEnum):
     """Where an input comes from."""
 
     MAP = "map"
@@ -40,7 +40,7 @@ class Source(Enum):
     """A term from which a reduction's gradient is computed, the same for every tile."""
 
 
-class Sink(Enum):
+class Sink(StrEnum):
     """Where an output goes."""
 
     SHARE = "share"
@@ -51,19 +51,17 @@ class Sink(Enum):
     MAP_GRADIENT = "gradient of a part of an input map"
 
 
-@dataclass(frozen=True, slots=True)
-class Input:
+class Input(NamedTuple):
     """One tensor that a step takes."""
 
     source: Source
     name: str
     """The node whose value it is, or to which it belongs."""
-    index: int = 0
+    place: int = 0
     """Index of the term, for `Source.TERM`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(NamedTuple):
     """One output of a step."""
 
     sink: Sink
@@ -111,14 +109,17 @@ class Operator:
     """The region of the value that is needed."""
     result: Region
     """The region of the value that the target yields."""
-    positions: Mapping[str, Region]
-    """Further keyword arguments for targets that compute with positions: the tile's place in the map."""
-    padding: tuple[int, int] | None
-    """Rows and columns that the target itself pads on either side, in addition to the padding of windows;
-    None if it is not told to pad."""
+    keywords: Mapping[str, Any]
+    """Further keyword arguments: for targets that compute with positions, the tile's place in the map;
+    ``padding``, the rows and columns that the target itself pads, beyond the padding of windows."""
     is_skipped: bool
     """Whether the operator is a convolution whose value is stored already and which no operator of the phase
     reads."""
+    is_placed: bool = field(init=False)
+    """Whether the target yields just the region that is needed."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_placed", self.result == self.out)
 
 
 @dataclass(frozen=True, slots=True)

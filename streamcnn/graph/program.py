@@ -7,7 +7,7 @@ are named, and looked up in the user's module when a pass starts.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -144,13 +144,17 @@ class Node:
     operands: tuple[str, ...] = field(init=False, compare=False)
     """Names of the nodes it reads, each once."""
 
+    is_flat: bool = field(init=False, compare=False)
+    """Whether refs are arguments themselves, and in no list, and none are keyword arguments."""
     nbytes: int = field(init=False, compare=False)
     """Bytes of all results."""
     size: tuple[int, int] = field(init=False, compare=False)
     """Spatial extents (H, W) of a map; (0, 0) for other values."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "operands", refs_in((self.args, dict(self.kwargs))))
+        refs = _refs((self.args, dict(self.kwargs)))
+        object.__setattr__(self, "operands", _names(refs))
+        object.__setattr__(self, "is_flat", len(refs) == sum(isinstance(arg, Ref) for arg in self.args))
         object.__setattr__(self, "nbytes", sum(spec.nbytes for spec in self.specs))
         size = (0, 0) if self.axes is None else tuple(self.tensor.shape[axis] for axis in self.axes)
         object.__setattr__(self, "size", size)
@@ -288,8 +292,16 @@ def _depending(program: Program, leaves: Collection[str]) -> frozenset[str]:
 
 def refs_in(structure: Any) -> tuple[str, ...]:
     """Names referred to in nested lists, tuples and dicts, each once, in order."""
+    return _names(_refs(structure))
+
+
+def _names(refs: Iterable[Ref]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(ref.name for ref in refs))
+
+
+def _refs(structure: Any) -> list[Ref]:
     leaves = pytree.tree_leaves(structure, is_leaf=lambda value: isinstance(value, Ref))
-    return tuple(dict.fromkeys(leaf.name for leaf in leaves if isinstance(leaf, Ref)))
+    return [leaf for leaf in leaves if isinstance(leaf, Ref)]
 
 
 _ATOMS = (int, float, type(None), torch.dtype)
@@ -308,3 +320,11 @@ def substitute(structure: Any, value_of: Callable[[str], Any]) -> Any:
     if isinstance(structure, dict):
         return {key: substitute(item, value_of) for key, item in structure.items()}
     return structure
+
+
+def arguments(node: Node, value_of: Callable[[str], Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Positional and keyword arguments of a node with each :class:`Ref` replaced by ``value_of(name)``."""
+    if node.is_flat:
+        # Nearly all nodes, each evaluated once for each tile.
+        return [value_of(arg.name) if type(arg) is Ref else arg for arg in node.args], node.kwargs
+    return substitute(node.args, value_of), substitute(dict(node.kwargs), value_of)
