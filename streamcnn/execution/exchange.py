@@ -58,8 +58,9 @@ class Exchange:
 
         ``ahead`` has the same inputs, if :meth:`prepare` was called for the tile.
         """
-        incoming = ahead or (self._incoming(each, tile, step) for each in step.inputs)
-        return [each.tile() for each in incoming]
+        if ahead:
+            return [each.tile() for each in ahead]
+        return [self._read(each, tile, step) for each in step.inputs]
 
     def prepare(self, step: Step, tile: Tile) -> list[Incoming]:
         """Prepare the step's inputs for a tile, to be read while the tile before it is computed."""
@@ -74,10 +75,17 @@ class Exchange:
                 return self._maps.reserve_gradient(name, tile.own(name))
             case Source.STORED:
                 return self._maps.reserve(name, tile.own(name))
+            case _:
+                return Deferred(partial(self._read, wanted, tile, step))
+
+    def _read(self, wanted: Input, tile: Tile, step: Step) -> Tensor:
+        match wanted.source:
             case Source.VALUE:
-                return Deferred(partial(self._value, name, step))
+                return self._value(wanted.name, step)
             case Source.TERM:
-                return Deferred(partial(self._term, name, wanted.place))
+                return self._global_graph.gradient_terms[wanted.name][wanted.place]
+            case _:
+                return self._incoming(wanted, tile, step).tile()
 
     def _value(self, name: str, step: Step) -> Tensor:
         """A global value in the element type that a step takes."""
@@ -87,10 +95,6 @@ class Exchange:
         if name not in self._cast:
             self._cast[name] = value.to(step.casts[name])
         return self._cast[name]
-
-    def _term(self, reduction: str, index: int) -> Tensor:
-        """One of the terms from which the gradient of a reduction's operand is computed."""
-        return self._global_graph.gradient_terms[reduction][index]
 
     def scatter(self, step: Step, tile: Tile, outputs: Iterable[Computed]) -> None:
         """Write or combine a tile's outputs, each before the next one is asked for."""

@@ -131,9 +131,9 @@ class Execution:
     ) -> None:
         self.program = program
         self.plan = plan
-        self.global_graph = GlobalGraph(program, states, plan.differentiated, plan.levels, runner)
-        self.reports: list[PhaseReport] = []
         self._steps = steps or Steps(program, plan)
+        self.global_graph = GlobalGraph(program, states, plan.differentiated, self._steps.last_uses, runner)
+        self.reports: list[PhaseReport] = []
         self._make_compute = make_compute
         self._hooks = hooks
         self.device = images[program.image].device

@@ -21,6 +21,8 @@ from streamcnn.graph.program import Kind, Node, Program, TensorSpec, arguments, 
 from streamcnn.plan.plan import Segment
 
 Results = tuple[Tensor, ...]
+LastUses = Mapping[str, tuple[str, ...]]
+"""For each global value, the values of which it is the last reader."""
 
 
 class SegmentCall(NamedTuple):
@@ -91,7 +93,7 @@ class GlobalGraph:
         program: Program,
         states: Mapping[str, Tensor],
         differentiated: frozenset[str],
-        levels: Mapping[str, int],
+        last_uses: LastUses,
         runner: SegmentRunner | None,
     ) -> None:
         self.program = program
@@ -103,7 +105,7 @@ class GlobalGraph:
         self.gradient_terms: dict[str, Results] = {}
         """By reduction whose results have gradients, once its segment has been differentiated: the terms from
         which tiles compute their gradients."""
-        self._last_uses = _last_uses(program, levels)
+        self._last_uses = last_uses
         self._summed: set[str] = set()
         """Names whose gradient is a sum made here."""
         self._records: dict[int, _Record] = {}
@@ -187,9 +189,9 @@ class GlobalGraph:
         self._runner.note(segment, call, _inputs(current))
 
     def _leaf(self, name: str, tensor: Tensor) -> Tensor:
-        leaf = tensor.detach()
-        wanted = name in self.differentiated and has_gradient(leaf.dtype) and torch.is_grad_enabled()
-        return leaf.requires_grad_(wanted)
+        wanted = name in self.differentiated and has_gradient(tensor.dtype) and torch.is_grad_enabled()
+        # Nothing that gets here has a graph, and nothing is written to it.
+        return tensor.detach().requires_grad_() if wanted else tensor
 
     def accumulate(self, name: str, gradient: Tensor | None) -> None:
         """Add to the gradient of a global value; :meth:`take` gives the sum in the value's own type."""
@@ -260,7 +262,7 @@ def _inputs(record: _Record) -> list[Tensor]:
     return [*record.leaves.values(), *chain(*record.barriers.values())]
 
 
-def _last_uses(program: Program, levels: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
+def last_uses(program: Program, levels: Mapping[str, int]) -> LastUses:
     """For each global value, the values of which it is the last reader and that nothing else needs.
 
     Values that a map reads too, or that the model returns, stay until the backward pass.

@@ -8,6 +8,7 @@ from itertools import chain
 
 from streamcnn.execution.build_step import Arrivals, backward_step, forward_step
 from streamcnn.execution.fused import with_fused_operators
+from streamcnn.execution.global_graph import last_uses
 from streamcnn.execution.step import Step
 from streamcnn.graph.program import Program
 from streamcnn.plan.plan import Phase, Plan, TileKind
@@ -29,6 +30,8 @@ class Steps:
         # By identity: a phase that is run again has the level of another one, and tiles of its own.
         phases = {id(phase): phase for phase in (*plan.phases, *chain(*plan.rematerialised.values()))}
         self.fuses = fuses
+        self.last_uses = last_uses(program, plan.levels)
+        """When each global value can be dropped."""
         self._forward = lru_cache(_KEPT)(partial(_forward, program, phases, fuses))
         self._backward = lru_cache(_KEPT)(partial(_backward, program, phases, fuses, plan.differentiated))
 

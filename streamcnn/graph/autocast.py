@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,16 +41,13 @@ def autocast(
 
 def as_recorded(*, grad: bool, casts: Casts | None) -> AbstractContextManager[Any]:
     """Enter the modes of the blocks around an operator in the forward pass: no gradients, its own casts."""
-    if grad and casts is None:
-        return _NOTHING
+    if casts is None:
+        return _NOTHING if grad else torch.no_grad()
     return _blocks(grad, casts)
 
 
 @contextmanager
-def _blocks(grad: bool, casts: Casts | None) -> Iterator[None]:
-    with ExitStack() as blocks:
-        if not grad:
-            blocks.enter_context(torch.no_grad())
-        if casts is not None:
-            blocks.enter_context(autocast(torch.device(casts.device_type), casts.dtype, cache=False))
+def _blocks(grad: bool, casts: Casts) -> Iterator[None]:
+    device = torch.device(casts.device_type)
+    with nullcontext() if grad else torch.no_grad(), autocast(device, casts.dtype, cache=False):
         yield

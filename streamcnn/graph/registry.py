@@ -71,6 +71,9 @@ class Registry(Generic[T]):
 
     def get(self, target: object) -> T | None:
         """The value for a node's target, or ``None``."""
+        found = self._values.get(target)
+        if found is not None:
+            return found
         return next((self._values[key] for key in _keys(target) if key in self._values), None)
 
 

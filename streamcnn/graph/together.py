@@ -99,4 +99,4 @@ def _together(several: list[Node]) -> Iterator[Node]:
     yield together
     for index, node in enumerate(several):
         item = (Ref(together.name), index)
-        yield replace(node, target=operator.getitem, args=item, grad=False, casts=None)
+        yield replace(node, target=operator.getitem, args=item, casts=None)

@@ -47,7 +47,9 @@ class StoreSpec:
 
     def tile_nbytes(self, region: Region) -> int:
         """Bytes of the map inside ``region``."""
-        return math.prod(self.tile_shape(region)) * self.dtype.itemsize
+        rows, cols = region.size
+        height, width = self.size
+        return self.nbytes // max(1, height * width) * rows * cols
 
 
 class Store(ABC):

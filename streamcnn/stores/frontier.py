@@ -49,6 +49,9 @@ class Frontier:
         """
         if self._holds(region):
             return [(region, True)]
+        if self._continues(region):
+            self._heights[0] = region.rows.stop
+            return [(region, False)]
         if zero is not None:
             for part in self.skipped(region):
                 zero(part)
@@ -58,6 +61,9 @@ class Frontier:
 
     def mark(self, region: Region) -> None:
         """Count all of ``region`` as written from now on."""
+        if self._continues(region):
+            self._heights[0] = region.rows.stop
+            return
         cols = region.cols
         runs = [(part.start, max(height, region.rows.stop)) for part, height in self._runs(cols)]
         if not runs:
@@ -77,6 +83,13 @@ class Frontier:
     def _holds(self, region: Region) -> bool:
         """Whether a quick look shows that all of ``region`` is written, as most regions are when read."""
         return len(self._heights) == 1 and region.rows.stop <= self._heights[0] and 0 not in region.size
+
+    def _continues(self, region: Region) -> bool:
+        """Whether ``region`` has all columns, which are written as far as its first row, as for bands in
+        order."""
+        rows, cols = region
+        is_next = rows.start == self._heights[0] and rows.size > 0
+        return len(self._heights) == 1 and is_next and cols.size == self._width
 
     def _runs(self, cols: Interval) -> Iterator[tuple[Interval, int]]:
         """The runs of columns of equal height, clipped to ``cols``, each with its height."""
