@@ -246,7 +246,7 @@ def _gradients(
     """The wanted gradients of operand, weight and bias, given the gradient of the result."""
     stride, padding, dilation, transposed, groups = options
     in_pieces = wanted[1] and not transposed and has_slow_weights(x, weight, dilation, groups)
-    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward.default(
         grad,
         x,
         weight,

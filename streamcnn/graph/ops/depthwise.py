@@ -82,7 +82,7 @@ def _add_pieces(found: Tensor, x: Tensor, gradient: Tensor, stride: Sequence[int
         window = x[:, :, top : top + rows, left : left + cols]
         options = (None, list(stride), [0, 0], [1, 1], False, [0, 0], len(found))
         wanted = [False, True, False]
-        piece = torch.ops.aten.convolution_backward(gradient, window, kernel, *options, wanted)[1]
+        piece = torch.ops.aten.convolution_backward.default(gradient, window, kernel, *options, wanted)[1]
         target = found[:, :, top : top + _FAST, left : left + _FAST]
         target[:, :, above:, before:] += piece[:, :, above:, before:]
 
