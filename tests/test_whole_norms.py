@@ -9,7 +9,7 @@ import torch
 from operator_cases import by_name
 from torch import Tensor, nn
 
-from streamcnn import StreamingModel
+from streamcnn import StreamingModel, verify
 from streamcnn.graph.ops import whole_norms
 
 WIDTH = 6
@@ -99,3 +99,21 @@ def test_a_tail_gives_the_gradients_of_tiles(kind: type[nn.Module], train: bool)
     in_tiles, whole = found
     for each, expected in zip(whole, in_tiles, strict=True):
         torch.testing.assert_close(each, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_verify_compares_with_gradients_that_are_not_misread() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.maps = nn.Sequential(nn.Conv2d(3, WIDTH, 3), nn.BatchNorm2d(WIDTH))
+            self.norm = nn.LayerNorm(WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.maps(x).flatten(2).mT)
+
+    net = Normed()
+    found = verify(net, (1, 3, 21, 17), tile=8)
+    assert found.max_error < 1e-9
+    (note,) = found.notes
+    assert "PyTorch's own gradients are wrong here" in note
+    assert not verify(net, (2, 3, 21, 17), tile=8).notes

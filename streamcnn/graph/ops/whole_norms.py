@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from streamcnn.geometry.windows import layout
 from streamcnn.graph.costs import Cost, declare
@@ -52,6 +53,25 @@ def instance_norm(x: Tensor, *args: Any) -> Tensor:
         # To ATen, the channels of all images are those of one, in the order of their axes.
         result = _InFormat.apply(result, torch.contiguous_format)  # type: ignore[no-untyped-call]
     return result
+
+
+class NormsDifferentiatedRight(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While it is entered, plain PyTorch's backward passes read gradients of norms in their own layout."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.was_wrong = False
+        """Whether a gradient was misread, but for this mode."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func is not aten.native_batch_norm_backward.default or not _may_be_misread(args[1]):
+            return found
+        right = func(*(each.contiguous() for each in args[:2]), *args[2:], **(kwargs or {}))
+        self.was_wrong |= not torch.allclose(found[0], right[0], rtol=1e-3, atol=0, equal_nan=True)
+        return right
 
 
 declare(aten.batch_norm, cost=Cost(on_whole=batch_norm))
