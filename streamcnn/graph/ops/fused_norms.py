@@ -167,5 +167,5 @@ class _Divided(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         (result,) = ctx.saved_tensors
-        gradient = aten.threshold_backward.default(grads[0], result, 0)
+        gradient = aten.threshold_backward(grads[0], result, 0)
         return gradient, gradient

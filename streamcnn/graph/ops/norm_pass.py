@@ -40,7 +40,7 @@ class _Normalize(torch.autograd.Function):
         # For one image the CPU's kernel would misread a gradient in channels last, such as that of a
         # permuted result, as one in the layout of x.
         gradient = grads[0].contiguous(memory_format=layout(x))
-        grad_x, grad_scale, grad_shift = aten.native_batch_norm_backward.default(
+        grad_x, grad_scale, grad_shift = aten.native_batch_norm_backward(
             gradient, x, scale, mean, one, saved, saved, False, 0.0, [True, True, True]
         )
         return grad_x, None, grad_scale, grad_shift
