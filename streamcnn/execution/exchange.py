@@ -83,7 +83,7 @@ class Exchange:
             case Source.VALUE:
                 return self._value(wanted.name, step)
             case Source.TERM:
-                return self._global_graph.gradient_terms[wanted.name][wanted.place]
+                return self._global_graph.gradient_terms[wanted.name][wanted.term]
             case _:
                 return self._incoming(wanted, tile, step).tile()
 

@@ -57,7 +57,7 @@ class Input(NamedTuple):
     source: Source
     name: str
     """The node whose value it is, or to which it belongs."""
-    place: int = 0
+    term: int = 0
     """Index of the term, for `Source.TERM`."""
 
 
