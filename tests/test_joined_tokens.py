@@ -264,6 +264,35 @@ def test_a_product_that_takes_tokens_whole() -> None:
     assert_streams(weighed, resident=None)
 
 
+class OwnQueries(nn.Module):
+    """Queries of tokens by a layer of their own, of which only the class token's are used (CvT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.own, self.unused = nn.Conv2d(WIDTH, WIDTH, 1), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        token, tokens = self.token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)
+        queries = torch.cat((token, self.own(x).flatten(2).transpose(1, 2)), 1)
+        keys = torch.cat((token, tokens), 1)
+        mixed = F.scaled_dot_product_attention(queries, keys, keys)
+        return mixed[:, 0][..., None, None] * x
+
+
+@pytest.mark.parametrize("tail", [False, True])
+def test_layers_whose_tokens_are_cut_off_have_gradients_of_zero(tail: bool) -> None:
+    """As with autograd, so that their weights decay; layers that are not used have none."""
+    model = StreamingModel(OwnQueries(), tile=TILE)
+    model.resident_tail = tail
+    model(torch.randn(1, WIDTH, 12, 14)).sum().backward()
+    none = [name for name, weight in model.net.named_parameters() if weight.grad is None]
+    assert none == ["unused.weight", "unused.bias"]
+    own = model.net.own.weight.grad
+    assert own is not None
+    assert not own.any()
+
+
 MEETING: dict[str, Function] = {
     "sums of tokens before each": lambda tokens: tokens.cumsum(1),
     "every second token": lambda tokens: tokens[:, ::2],

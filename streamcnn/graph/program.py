@@ -199,6 +199,8 @@ class Program:
     """Qualified buffer name to the node that holds its new value."""
     constants: Mapping[str, torch.Tensor]
     """Node name to a tensor that the capture made itself."""
+    zeroed: frozenset[str] = frozenset()
+    """States that nothing reads and whose gradient is zero: the code cuts off what is computed from them."""
     _positions: Mapping[str, int] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -269,12 +271,13 @@ def differentiated(program: Program, leaves: Iterable[str]) -> frozenset[str]:
     A leaf of which no result has a gradient, such as one that is detached, is left out: autograd would
     otherwise ask what it was computed from, perhaps an earlier pass, for gradients.
     """
-    found = _depending(program, frozenset(leaves))
+    leaves = frozenset(leaves)
+    found = _depending(program, leaves)
     asked = set(refs_in(program.outputs))
     for node in reversed(list(program.nodes.values())):
         if node.name in asked and node.name in found:
             asked.update(node.operands)
-    return _depending(program, asked.intersection(leaves))
+    return _depending(program, asked & leaves) | (program.zeroed & leaves)
 
 
 def _depending(program: Program, leaves: Collection[str]) -> frozenset[str]:

@@ -74,6 +74,9 @@ class Streamed(torch.autograd.Function):
             found = run.backward(arriving)
         image, current = run.current.program.image, run.current
         leaves = (*current.leaf_states, *((image,) if image in current.plan.differentiated else ()))
+        for name, anchor in zip(leaves, anchors, strict=True):
+            if name in run.current.program.zeroed:
+                found[name] = torch.zeros_like(anchor)
         gradients = (found.get(name) for name in leaves)
         # The image may be on the host while its gradient was summed where the model is.
         on_device = zip(gradients, anchors, strict=True)

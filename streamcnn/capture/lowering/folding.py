@@ -9,7 +9,7 @@ other. The modules ``folded_*`` hold the translations, one module for each famil
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Protocol
@@ -64,6 +64,9 @@ class FoldingTracer(Tracer, Protocol):
 
     def gather(self, ref: Ref) -> Ref:
         """The whole of a map as a global value, recorded once."""
+
+    def cut_off(self, values: Iterable[Ref], kept: Ref) -> None:
+        """Note values from which code kept only ``kept``: autograd gives them gradients of zero."""
 
     def fake_seen(self, call: Call) -> Any:
         """The call's result on fake tensors as the code sees it."""

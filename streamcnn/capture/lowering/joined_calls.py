@@ -18,6 +18,7 @@ from streamcnn.capture.lowering.joined import (
     Caller,
     Joined,
     as_type,
+    first_ref,
     is_merged,
     joined_in,
     shape_seen,
@@ -226,7 +227,7 @@ def _slice(caller: Caller, call: Call, value: Joined) -> Any:
 def _range(caller: Caller, value: Joined, start: int, stop: int) -> Any:
     """The tokens from ``start`` to ``stop``."""
     tracer = caller.recording
-    found = []
+    found, off = [], []
     ends = accumulate(sizes_of(tracer, value), initial=0)
     for part, (first, last) in zip(value.parts, pairwise(ends), strict=True):
         begin, end = max(start, first), min(stop, last)
@@ -238,6 +239,10 @@ def _range(caller: Caller, value: Joined, start: int, stop: int) -> Any:
             found.append(
                 caller.called(Call(aten.slice.Tensor, (part, value.axis, begin - first, end - first), {}))
             )
+        else:
+            off.append(first_ref(part))
+    for part in found:
+        tracer.cut_off(off, first_ref(part))
     if len(found) <= 1:
         return found[0] if found else MEET
     cut = Joined(tuple(found), value.axis)

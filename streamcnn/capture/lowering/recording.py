@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -58,6 +58,8 @@ class Recording:
         """The sizes (h, w) of all maps."""
         self.from_whole: set[str] = set()
         """Global values that are computed from whole maps."""
+        self.cut: dict[str, set[str]] = {}
+        """By value: those beside it that the code has cut off."""
         self._gathered: dict[str, Ref] = {}
         self._promoted: dict[tuple[str, Axes], Ref] = {}
         self._fake_calls = fake_calls
@@ -77,6 +79,7 @@ class Recording:
         fork.nodes = dict(islice(self.nodes.items(), mark.nodes))
         fork.fakes = {name: self.fakes[name] for name in fork.nodes}
         fork.moved = dict(islice(self.moved.items(), mark.moved))
+        fork.cut = {name: off & fork.nodes.keys() for name, off in self.cut.items() if name in fork.nodes}
         fork._gathered = dict(islice(self._gathered.items(), mark.gathered))
         fork._promoted = dict(islice(self._promoted.items(), mark.promoted))
         fork.resident = True
@@ -205,6 +208,10 @@ class Recording:
                 fake = self.fakes[ref.name]
                 self._gathered[ref.name] = self.add(f"whole_{ref.name}", fake, kind=Kind.GATHER, args=(ref,))
         return self._gathered[ref.name]
+
+    def cut_off(self, values: Iterable[Ref], kept: Ref) -> None:
+        """Note values from which code kept only ``kept``: autograd gives them gradients of zero."""
+        self.cut.setdefault(kept.name, set()).update(value.name for value in values)
 
     def reduce(self, reduction: Reduction, ref: Ref) -> tuple[Ref, ...]:
         node = self.nodes[ref.name]

@@ -6,7 +6,7 @@ dtype that it will have in the pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from streamcnn.capture.capture import RawGraph
 from streamcnn.capture.lowering.calls import Lowering, Mark
+from streamcnn.capture.lowering.recording import Recording
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.costs import draws
 from streamcnn.graph.fakes import TRACING
@@ -103,6 +104,9 @@ class Trace:
         nodes = lowering.recording.nodes
         needed = _needed(nodes, (*refs_in(outputs), *updates.values(), *_run_if_unread(nodes), graph.image))
         _refuse_unread_draws(nodes, needed)
+        unread = graph.states.keys() - self._maps.keys() - needed
+        zeroed = frozenset(unread & _cut_off(lowering.recording, needed))
+        needed |= zeroed
         read = {name: key for name, key in graph.states.items() if name in needed}
         nodes = {name: node for name, node in nodes.items() if name in needed}
         return Program(
@@ -113,6 +117,7 @@ class Trace:
             outputs=outputs,
             updates=updates,
             constants={name: c for name, c in graph.constants.items() if name in needed},
+            zeroed=zeroed,
         )
 
 
@@ -125,6 +130,20 @@ def _needed(nodes: Mapping[str, Node], roots: Sequence[str]) -> set[str]:
             needed.add(name)
             pending.extend(nodes[name].operands)
     return needed
+
+
+def _cut_off(recording: Recording, needed: Collection[str]) -> set[str]:
+    """What values depended on that were cut off from those that are needed."""
+    nodes = {name: node for name, node in recording.nodes.items() if node.grad}
+    roots = {name for kept, cut in recording.cut.items() if kept in needed for name in cut}
+    found: set[str] = set()
+    pending = list(roots & nodes.keys())
+    while pending:
+        name = pending.pop()
+        if name not in found:
+            found.add(name)
+            pending.extend(nodes.keys() & nodes[name].operands)
+    return found
 
 
 def _run_if_unread(nodes: Mapping[str, Node]) -> Iterator[str]:
