@@ -22,6 +22,7 @@ from streamcnn.capture.lowering.folding import (
 from streamcnn.graph.ops import (
     along_axes,
     dropout,
+    fourier,
     losses,
     normalization,
     padding,
@@ -205,6 +206,7 @@ TRANSLATIONS.update(
         **dict.fromkeys(
             (shape.concatenate, shape.split, shape.unbind, shape.select, shape.slice_axis), _along
         ),
+        fourier.transform: _along,
         **dict.fromkeys((shape.flip, padding.roll, along_axes.along_axis, losses.gather_channels), _along),
         **dict.fromkeys((reductions.mean_or_sum, reductions.extremum, reductions.truth), _reduce),
         **dict.fromkeys((reductions.vector_norm, reductions.variance, reductions.count), _reduce),
