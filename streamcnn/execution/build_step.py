@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,7 +37,7 @@ def forward_step(program: Program, phase: Phase, kind: TileKind) -> Step:
         kind=kind,
         operators=operators,
         owned=owned,
-        inputs=_read(phase, operators),
+        inputs=_read(phase, operators, owned.values()),
         outputs=tuple(output for name, part in owned.items() for output in _outputs_of(name, part)),
         releases=_with_inputs(phase, operators),
         consumed=phase.consumed,
@@ -174,6 +174,7 @@ class _Tile:
             place=self._in_whole(name, own) if is_positional else own,
             is_stored=name in self.phase.stored,
             reductions=reductions,
+            beside={n: self.program.nodes[n].operands[1:] for n in reductions},
             has_gradient=name in arrivals.maps,
             num_terms={n: arrivals.num_terms[n] for n in reductions if n in arrivals.num_terms},
         )
@@ -213,11 +214,12 @@ def _padding_along(access: AxisMap, part: Interval, window: Interval) -> int | N
     return before if 0 <= before - behind < access.stride and behind >= 0 else None
 
 
-def _read(phase: Phase, operators: Sequence[Operator]) -> tuple[Input, ...]:
+def _read(phase: Phase, operators: Sequence[Operator], reduced: Iterable[OwnPart] = ()) -> tuple[Input, ...]:
     """The inputs that operators and reductions read: input maps and global values."""
     operands = dict.fromkeys(
         name for each in operators for name in each.node.operands if name not in each.operands
     )
+    operands |= dict.fromkeys(name for part in reduced for names in part.beside.values() for name in names)
     return (
         *(Input(Source.MAP, name) for name in phase.inputs),
         *(Input(Source.VALUE, name) for name in operands),

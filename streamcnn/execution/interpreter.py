@@ -83,16 +83,16 @@ def run_forward(step: Step, inputs: list[Tensor]) -> Iterator[Computed]:
     values = {slot.name: tensor for slot, tensor in zip(step.inputs, inputs, strict=True)}
     inputs.clear()
     for name in [name for name in step.owned if name in values]:
-        yield from _outputs_of(step.owned[name], values[name])
+        yield from _outputs_of(step.owned[name], name, values)
     for name in TileRun(step, values).evaluate():
         if name in step.owned:
-            yield from _outputs_of(step.owned[name], values[name])
+            yield from _outputs_of(step.owned[name], name, values)
 
 
-def _outputs_of(part: OwnPart, value: Tensor) -> Iterator[Computed]:
-    """The outputs of a forward step for a map, in the step's order."""
-    share = crop(value, part.axes, part.covered, part.own)
+def _outputs_of(part: OwnPart, name: str, values: Mapping[str, Tensor]) -> Iterator[Computed]:
+    """The outputs of a forward step for the map ``name``, in the step's order."""
+    share = crop(values[name], part.axes, part.covered, part.own)
     if part.is_stored:
         yield share
-    for rule in part.reductions.values():
-        yield rule.partial(share, part.place)
+    for reduction, rule in part.reductions.items():
+        yield rule.given([values[each] for each in part.beside[reduction]]).partial(share, part.place)

@@ -135,6 +135,8 @@ class OwnPart:
     is_stored: bool
     reductions: Mapping[str, Reduction]
     """Reductions that the map feeds; in a backward step, those whose results have a gradient."""
+    beside: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The global values that reductions read in a forward step."""
     has_gradient: bool = False
     """Whether the stored map has received a gradient."""
     num_terms: Mapping[str, int] = field(default_factory=dict)

@@ -197,12 +197,9 @@ def _delay(program: Program, levels: dict[str, int]) -> None:
 
 def _level(program: Program, node: Node, levels: Mapping[str, int]) -> int:
     operands = [(program.nodes[name].kind, levels[name]) for name in node.operands]
-    if node.kind is Kind.LOCAL:
+    if node.kind in (Kind.LOCAL, Kind.REDUCTION):
         # A global value or a promoted one is ready only after its own level's phase.
         return max((level + (kind is not Kind.LOCAL) for kind, level in operands), default=1)
-    if node.kind is Kind.REDUCTION:
-        kind, level = operands[0]
-        return level + (kind is not Kind.LOCAL)
     return max((level for _, level in operands), default=0)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from streamcnn.capture.lowering.folded_indices import at_indices
 from streamcnn.capture.lowering.folding import (
     TRANSLATIONS,
     Folded,
@@ -85,6 +86,9 @@ def _everywhere(tracer: FoldingTracer, call: Call) -> Any:
 
 def _along(tracer: FoldingTracer, call: Call) -> Any:
     """Translate operators along axes that are not merged: concat, split, select, sort, softmax."""
+    picked = at_indices(tracer, call)
+    if picked is not None:
+        return picked
     like = tracer.fake_seen(call)
     parts = like if isinstance(like, (tuple, list)) else (like,)
     values = values_of(call)
@@ -149,6 +153,9 @@ def _unmerged(value: Any) -> Any:
 
 def _indexed(tracer: FoldingTracer, call: Call) -> Any:
     """Translate indexing by a tensor along one axis that is not merged."""
+    picked = at_indices(tracer, call)
+    if picked is not None:
+        return picked
     value, indices = call.bind("self", "indices")
     named = [axis for axis, index in enumerate(indices) if index is not None]
     if not isinstance(value, Folded) or len(named) != 1 or value.runs[named[0]] > 1:

@@ -213,19 +213,20 @@ class Recording:
         """Note values from which code kept only ``kept``: autograd gives them gradients of zero."""
         self.cut.setdefault(kept.name, set()).update(value.name for value in values)
 
-    def reduce(self, reduction: Reduction, ref: Ref) -> tuple[Ref, ...]:
+    def reduce(self, reduction: Reduction, ref: Ref, *beside: Ref) -> tuple[Ref, ...]:
         node = self.nodes[ref.name]
-        fake = self.fakes[ref.name]
+        fake, given = self.fakes[ref.name], [self.fakes[each.name] for each in beside]
 
         def finished() -> tuple[Tensor, ...]:
             # A partial result's shape does not depend on the tile; the smallest tile costs the least.
             assert node.axes is not None
             corner = functools.reduce(lambda x, axis: x.narrow(axis, 0, 1), node.axes, fake)
-            partial = reduction.partial(corner, Region.whole((1, 1)))
+            partial = reduction.given(given).partial(corner, Region.whole((1, 1)))
             return reduction.finish(partial, node.tensor.dtype)
 
-        results = self._fake_calls.once((reduction, look(fake)), finished)
-        whole = self.add(self._fresh(), results, kind=Kind.REDUCTION, args=(ref,), reduction=reduction)
+        results = self._fake_calls.once((reduction, look(fake), *map(look, given)), finished)
+        args = (ref, *beside)
+        whole = self.add(self._fresh(), results, kind=Kind.REDUCTION, args=args, reduction=reduction)
         return self._items(whole)
 
     def promote(self, ref: Ref, axes: Axes) -> Ref:

@@ -69,6 +69,10 @@ class Reduction(ABC):
         """Bytes of workspace for the partial results of ``numel`` elements, or for their gradient."""
         return 2 * numel * max(itemsize, 4)
 
+    def given(self, beside: Sequence[Tensor]) -> Reduction:
+        """The reduction with the global values that it reads beside the map; most read none."""
+        return self
+
     @abstractmethod
     def partial(self, x: Tensor, region: Region) -> Partials:
         """Partial results of a tile ``x`` that covers ``region``."""
@@ -153,6 +157,20 @@ class Selection(Reduction):
     ) -> tuple[Tensor, ...]:
         assert grads[0] is not None
         return results[1], grads[0].to(dtype)
+
+    def gradient(self, x: Tensor, region: Region, terms: Sequence[Tensor]) -> Tensor:
+        places, gradient = terms
+        index, is_here = self._index(places, region)
+        found = gradient.new_zeros((*gradient.shape[:-1], math.prod(region.size)))
+        found.scatter_add_(-1, index, torch.where(is_here, gradient, 0))
+        return found.reshape(*gradient.shape[:-1], *region.size)
+
+    def _index(self, places: Tensor, region: Region) -> tuple[Tensor, Tensor]:
+        """Indices in a tile of those in the whole map, and whether they are in it; 0 for others."""
+        row = places // self.shape[-1] - region.rows.start
+        col = places % self.shape[-1] - region.cols.start
+        is_here = (row >= 0) & (row < region.rows.size) & (col >= 0) & (col < region.cols.size)
+        return torch.where(is_here, row * region.cols.size + col, 0), is_here
 
 
 @dataclass(frozen=True, slots=True)

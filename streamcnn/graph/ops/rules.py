@@ -83,8 +83,8 @@ class Tracer(Protocol):
     ) -> Ref:
         """Record a local operator whose whole result would be like the fake tensor ``like``."""
 
-    def reduce(self, reduction: Reduction, ref: Ref) -> Any:
-        """Record a reduction of a map; a tuple of refs if it has several results."""
+    def reduce(self, reduction: Reduction, ref: Ref, *beside: Ref) -> Any:
+        """Record a reduction of a map, with the global values that it reads; return a ref for each result."""
 
     def promote(self, ref: Ref, axes: Axes) -> Ref:
         """Record that a global value with spatial extent is read as a map."""

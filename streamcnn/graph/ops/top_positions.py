@@ -1,16 +1,17 @@
-"""The largest values over a map's positions, as in top-k pooling."""
+"""A few of a map's positions: those with the largest values (top-k pooling), or those of given indices."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad  # by itself, since the user may replace it there
 
 from streamcnn.geometry.regions import Region
+from streamcnn.graph.costs import INDEX_BYTES
 from streamcnn.graph.ops.reduction_types import Partials, Selection, stacked
 
 MOST = 4096
@@ -66,16 +67,34 @@ class TopPositions(Selection):
         order = ranked.sort(dim=-1, descending=True, stable=True).indices[..., : self.num_values]
         return values.gather(-1, order), places.gather(-1, order)
 
-    def gradient(self, x: Tensor, region: Region, terms: Sequence[Tensor]) -> Tensor:
-        places, gradient = terms
-        height, width = region.rows.size, region.cols.size
-        row = places // self.shape[-1] - region.rows.start
-        col = places % self.shape[-1] - region.cols.start
-        is_here = (row >= 0) & (row < height) & (col >= 0) & (col < width)
-        index = torch.where(is_here, row * width + col, 0)
-        found = gradient.new_zeros((*gradient.shape[:-1], height * width))
-        found.scatter_add_(-1, index, torch.where(is_here, gradient, 0))
-        return found.reshape(*gradient.shape[:-1], height, width)
+
+@dataclass(frozen=True, slots=True)
+class AtIndices(Selection):
+    """The values (..., K) at indices (..., K) of the last two axes in row order, and these indices."""
+
+    count: int
+    """K."""
+    index: Tensor | None = field(default=None, compare=False)
+
+    @property
+    def needs_values(self) -> bool:
+        return False
+
+    def workspace(self, numel: int, itemsize: int) -> int:
+        # In either direction: rows, columns and indices in 64 bits, and values.
+        return numel * itemsize + math.prod(self.shape[:-2]) * self.count * (5 * INDEX_BYTES + 2 * itemsize)
+
+    def given(self, beside: Sequence[Tensor]) -> AtIndices:
+        return replace(self, index=beside[0])
+
+    def partial(self, x: Tensor, region: Region) -> Partials:
+        assert self.index is not None
+        index, is_here = self._index(self.index, region)
+        return (torch.where(is_here, x.flatten(-2).gather(-1, index), 0), self.index)
+
+    def merge(self, parts: Sequence[Partials]) -> Partials:
+        # One tile has the value of an index, the others 0.
+        return (torch.stack([values for values, _ in parts]).sum(0), parts[0][1])
 
 
 def _first_largest(x: Tensor, count: int, nan_first: bool) -> Tensor:
