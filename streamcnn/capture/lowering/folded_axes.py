@@ -94,8 +94,9 @@ def _along(tracer: FoldingTracer, call: Call) -> Any:
     values = values_of(call)
     first = next(value for value in values if isinstance(value, Folded))
     folded = [value for value in values if isinstance(value, Folded)]
+    most = len(first.runs) if rule_for(call.target) is shape.concatenate else 1
     if any(value.runs != first.runs or not is_merged_like(tracer, value, first) for value in folded) or any(
-        tracer.axes(value) is not None or len(tracer.spec(value).shape) > 1
+        tracer.axes(value) is not None or len(tracer.spec(value).shape) not in (0, 1, most)
         for value in values
         if isinstance(value, Ref)
     ):
@@ -116,7 +117,15 @@ def _along(tracer: FoldingTracer, call: Call) -> Any:
         whole = same and rule_for(call.target) is shape.slice_axis
         return first if whole else NotStreamable("it works along merged axes of space")
     starts = [(*first.starts, sum(first.runs))[dim] for dim in listed]
-    translated = Call(call.target, *_mapped(_unmerged, call))
+    extents = tracer.spec(first.ref).shape
+
+    def apart(value: Any) -> Any:
+        if isinstance(value, Ref) and len(tracer.spec(value).shape) == len(first.runs) > 1:
+            # A value without positions that a concat puts beside maps.
+            return taken_apart(tracer, value, first, extents)
+        return _unmerged(value)
+
+    translated = Call(call.target, *_mapped(apart, call))
     result = tracer.stream(translated.replaced(name, starts[0] if isinstance(dims, int) else starts))
     if added > 0:
         runs = (*first.runs[: listed[0]], *((1,) * added), *first.runs[listed[0] :])
