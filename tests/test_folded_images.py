@@ -41,6 +41,12 @@ def patches(x: Tensor) -> Tensor:
     return rearrange(x, "n c (h p) (w q) -> n c (p q) (h w)", p=2, q=2)
 
 
+def scores(x: Tensor) -> Tensor:
+    """Of each token for five keys, by two channels each (N, heads, H * W, 5), as in ResT."""
+    heads = tokens(x).unflatten(1, (3, 2)).transpose(2, 3)
+    return (heads @ torch.linspace(-1, 1, 10).to(x).view(2, 5)).softmax(-1)
+
+
 def upright(x: Tensor) -> Tensor:
     """Stripes of two columns, each an image of the batch, as in CSWin."""
     return rearrange(x, "n c h (w q) -> (n w) c h q", q=2)
@@ -76,6 +82,8 @@ IMAGES: dict[str, Callable[[], nn.Module]] = {
     "instance norm with a running mean": lambda: chain(
         tokens, nn.InstanceNorm1d(WIDTH, track_running_stats=True), torch.sin
     ),
+    "instance norm of patches": lambda: chain(patches, nn.InstanceNorm2d(WIDTH, affine=True), torch.sin),
+    "instance norm of scores": lambda: chain(scores, nn.InstanceNorm2d(3), torch.sin),
     "instance norm of windows": lambda: chain(windows, nn.InstanceNorm2d(WIDTH), torch.sin),
     "batch norm of tokens": lambda: chain(tokens_last, nn.BatchNorm1d(WIDTH), torch.sin),
     "batch norm of windows": lambda: chain(windows, nn.BatchNorm2d(WIDTH), torch.sin),
@@ -160,6 +168,10 @@ WHOLE: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "instance norm of windows that moves statistics": (
         "aten.instance_norm: it is not applied to images or tokens",
         lambda: chain(windows, nn.InstanceNorm2d(WIDTH, track_running_stats=True)),
+    ),
+    "instance norm of scores that moves statistics": (
+        "aten.instance_norm: it is not applied to images or tokens",
+        lambda: chain(scores, nn.InstanceNorm2d(3, track_running_stats=True)),
     ),
     "convolution along positions": (
         "aten.conv1d: it works along merged axes of space",

@@ -153,8 +153,14 @@ def _norm(tracer: FoldingTracer, call: Call) -> Any:
     assert axes is not None
     beside = [i for axis in range(2, len(value.runs)) for i in value.span(axis) if i not in axes]
     times = math.prod(tracer.spec(value.ref).shape[axis] for axis in beside)
-    if not set(axes).isdisjoint(value.span(0)) or (times > 1 and rule is normalization.instance_norm):
+    if not set(axes).isdisjoint(value.span(0)):
         return _NO_IMAGES
+    if times > 1 and rule is normalization.instance_norm:
+        if call.bind("running_mean")[0] is not None:
+            return _NO_IMAGES
+        # Of scores of positions for keys, say; each channel is a group of as many channels.
+        channels = tracer.fake_seen(call).shape[1]
+        call = Call(aten.group_norm.default, (value, channels, *call.bind("weight", "bias", "eps")), {})
 
     def normalised(image: Ref) -> Call:
         repeated = Call(call.target, (image, *call.args[1:]), call.kwargs)
