@@ -57,6 +57,12 @@ CASES: dict[str, Function] = {
         2, F.adaptive_max_pool2d(x.sin(), 2, return_indices=True)[1].flatten(2)
     ),
     "given ones, from the end and twice": lambda x: tokens(x)[:, torch.tensor([[3, -1], [7, 3]])].cos(),
+    "of each image its own": lambda x: tokens(x)[torch.arange(len(x))[:, None], best(x)].sin(),
+    "of each image its own, behind channels": lambda x: x.flatten(2)[
+        torch.arange(len(x))[:, None], :, best(x)
+    ],
+    "of another image": lambda x: tokens(x)[torch.arange(len(x)).flip(0)[:, None], best(x)].cos(),
+    "one channel of each": lambda x: x.flatten(2)[:, torch.tensor([1, 4, 1]), best(x)[0]].sin(),
     "best and worst": best_and_worst,
     "hidden scores": hidden,
     "every head": every_head,

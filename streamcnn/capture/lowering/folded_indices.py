@@ -26,6 +26,8 @@ def at_indices(tracer: FoldingTracer, call: Call) -> Ref | None:
     """The values at given indices of all positions; None if the call is another, or picks too many."""
     if call.target not in _BY_INDEX:
         return None
+    if call.target is aten.index.Tensor and len(_named(call)) == 2:
+        return _of_other_images(tracer, call)
     value, axis, index = _operands(call)
     if not isinstance(value, Folded) or index is None or not is_global(tracer, index):
         return None
@@ -64,8 +66,48 @@ def _operands(call: Call) -> tuple[Any, int, Any]:
         value, axis, index = call.bind("self", "dim", "index")
         return value, axis, index
     value, indices = call.bind("self", "indices")
-    named = [place for place, index in enumerate(indices) if index is not None]
+    named = _named(call)
     return value, named[0], indices[named[0]] if len(named) == 1 else None
+
+
+def _named(call: Call) -> list[int]:
+    """The axes for which ``x[...]`` has indices."""
+    return [place for place, index in enumerate(call.bind("indices")[0]) if index is not None]
+
+
+def _of_other_images(tracer: FoldingTracer, call: Call) -> Ref | None:
+    """Tokens by indices of theirs and of another axis, as ``x[torch.arange(n)[:, None], index]``.
+
+    The tokens at all of the indices are taken of each image first.
+    """
+    value, indices = call.bind("self", "indices")
+    places = _named(call)
+    if not isinstance(value, Folded) or not all(is_global(tracer, indices[place]) for place in places):
+        return None
+    merged = [
+        place for place in places if not set(value.span(place)).isdisjoint(tracer.axes(value.ref) or ())
+    ]
+    if len(merged) != 1 or any(tracer.spec(indices[place]).dtype != torch.int64 for place in places):
+        return None
+    (axis,) = merged
+    (other,) = (place for place in places if place != axis)
+    given = (tracer.spec(indices[place]).shape for place in places)
+    shape = torch.broadcast_shapes(*given)  # type: ignore[no-untyped-call]
+    each = tracer.global_value(aten.expand.default, indices[axis], shape)
+    line = reshaped(tracer, each, (math.prod(shape),))
+    of_each = at_indices(tracer, Call(aten.index.Tensor, (value, [*(None,) * axis, line]), {}))
+    if of_each is None:
+        return None
+    numbered = tracer.global_value(order_of, each)
+    found = [None] * len(indices)
+    found[axis], found[other] = numbered, indices[other]
+    result: Ref = tracer.global_value(aten.index.Tensor, of_each, found)
+    return result
+
+
+def order_of(index: Tensor) -> Tensor:
+    """The place of each entry among all, in the shape of ``index``."""
+    return torch.arange(index.numel(), device=index.device).view(index.shape)
 
 
 def _merged(value: Folded, axis: int, extents: Sequence[int]) -> tuple[int, ...]:
@@ -100,4 +142,4 @@ def known_places(index: Tensor, total: int, wraps: bool) -> Tensor:
     return places.clamp(0, total - 1)
 
 
-declare(known_places, cost=Cost(saves=NOTHING, detaches=True))
+declare(known_places, order_of, cost=Cost(saves=NOTHING, detaches=True))
