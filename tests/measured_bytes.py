@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from unittest import mock
@@ -195,12 +195,13 @@ def measured_pass(net: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) ->
         meter.operator(run, operator)
         return _evaluate(run, operator)
 
-    def outputs_of(part: OwnPart, value: Tensor) -> Iterator[Any]:
-        share = interpreter.crop(value, part.axes, part.covered, part.own)
+    def outputs_of(part: OwnPart, name: str, values: Mapping[str, Tensor]) -> Iterator[Any]:
+        share = interpreter.crop(values[name], part.axes, part.covered, part.own)
         if part.is_stored:
             yield share
-        for rule in part.reductions.values():
-            yield meter.reduction(rule, share, lambda rule=rule: rule.partial(share, part.place))  # type: ignore[misc]
+        for reduction, rule in part.reductions.items():
+            told = rule.given([values[each] for each in part.beside[reduction]])
+            yield meter.reduction(rule, share, lambda told=told: told.partial(share, part.place))  # type: ignore[misc]
 
     def arriving(tile: BackwardTile, name: str, share: Tensor, total: Tensor | None = None) -> Tensor:
         part = tile.step.owned[name]
