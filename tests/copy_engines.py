@@ -128,7 +128,9 @@ class LateCopies:
         return 1
 
     def _is_held(self, x: Tensor) -> bool:
-        """Whether a tensor other than those of the copies uses the memory of ``x``."""
+        """Whether a tensor other than those of the copies uses the memory of ``x``, if there is any."""
+        if not x.nbytes:
+            return True
         copies = [copy for each in self._queues.values() for asked in each for copy in asked]
         held = [t for copy in copies for t in (copy.target, copy.source, copy.on_device)]
         place = x.untyped_storage().data_ptr()

@@ -222,6 +222,19 @@ def full_of(value: int, make: Callable[..., Tensor] = torch.empty) -> Callable[.
     return lambda *sizes, **options: make(*sizes, **options).fill_(value)
 
 
+EMPTY = [dataclasses.replace(NCHW, shape=shape) for shape in ((2, 0, 61, 47), (0, 3, 61, 47), (2, 3, 0, 47))]
+
+
+@pytest.mark.parametrize("spec", EMPTY, ids=str)
+def test_a_map_may_have_no_elements(make_store: MakeStore, spec: StoreSpec) -> None:
+    store, whole = make_store(spec), Region.whole(spec.size)
+    tile = computed(store, random_tile(spec, whole))
+    assert store.read(whole).shape == tile.shape
+    store.write(whole, tile)
+    store.add(whole, tile)
+    assert store.read(whole).shape == tile.shape
+
+
 @settings(max_examples=60, deadline=None)
 @given(histories())
 def test_any_history_is_a_dense_tensors(history: tuple[Any, ...]) -> None:

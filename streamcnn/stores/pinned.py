@@ -76,6 +76,8 @@ class SparePinned:
 
     def take(self, nbytes: int, pin: Pin) -> PinnedBlock:
         """Take a block of ``nbytes``, or up to a quarter more, with undefined content."""
+        # A map may have no elements, but no bytes cannot be pinned.
+        nbytes = max(nbytes, 1)
         with self._lock:
             fitting = [b for b in self._spare if nbytes <= b.nbytes <= _LARGEST_WASTE * nbytes]
             found = min(fitting, key=lambda block: block.nbytes, default=None)
@@ -130,7 +132,8 @@ def fresh_memory(nbytes: int, *, inherited: bool = True) -> Tensor:
         _advise(buffer, mmap.MADV_HUGEPAGE)
     if not inherited and sys.platform == "linux":
         _advise(buffer, _WIPE_ON_FORK)
-    return torch.frombuffer(buffer, dtype=torch.uint8, count=nbytes)
+    # A map may have no elements; a mapping and a tensor of it may not have no bytes.
+    return torch.frombuffer(buffer, dtype=torch.uint8)[:nbytes]
 
 
 def _advise(buffer: mmap.mmap, advice: int) -> None:

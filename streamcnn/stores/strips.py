@@ -55,8 +55,9 @@ class Strips:
         width, tile_width = spec.size[1], tile_hint[1]
         if tile_width < width:
             width = min(width, max(_NARROWEST, min(_WIDEST, tile_width // _STRIPS_PER_TILE)))
-        position_nbytes = spec.nbytes // math.prod(spec.size)
-        width = max(1, min(width, BLOCK_NBYTES // position_nbytes))
+        # A map without images or channels has positions of no bytes, and one without rows has no positions.
+        position_nbytes = spec.nbytes // max(1, math.prod(spec.size))
+        width = max(1, min(width, BLOCK_NBYTES // max(1, position_nbytes)))
         return cls(spec, width, width * position_nbytes)
 
     @property
@@ -100,7 +101,7 @@ class Strips:
         return min(self._most_rows(), region.rows.size) * self.row_nbytes
 
     def _most_rows(self) -> int:
-        return max(1, BLOCK_NBYTES // self.row_nbytes)
+        return max(1, BLOCK_NBYTES // max(1, self.row_nbytes))
 
     def block_nbytes(self, block: Block) -> int:
         """Bytes of a block."""
