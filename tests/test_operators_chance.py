@@ -41,11 +41,22 @@ class DropPath(nn.Module):
         return x * mask
 
 
+class DropConnect(nn.Module):
+    """A convolution that drops elements of its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, F.dropout(self.weight, 0.4)[: x.shape[1], : x.shape[1]])
+
+
 # ATen's own probability is 0.5, which a recorded call leaves out.
 @pytest.mark.parametrize(
     "module",
-    [DropPath(0.6), DropPath(0.5), nn.Dropout2d(0.4), nn.Dropout2d(0.4, inplace=True)],
-    ids=["stochastic depth", "stochastic depth, one half", "channels", "channels, in place"],
+    [DropPath(0.6), DropPath(0.5), nn.Dropout2d(0.4), nn.Dropout2d(0.4, inplace=True), DropConnect()],
+    ids=["stochastic depth", "stochastic depth, one half", "channels", "channels, in place", "weights"],
 )
 def test_small_draws_are_those_of_plain_pytorch(module: nn.Module) -> None:
     net = nn.Sequential(

@@ -94,6 +94,17 @@ class Recording:
         node = self.nodes[ref.name]
         return node.axes if node.is_map else None
 
+    def is_of_maps(self, ref: Ref) -> bool:
+        pending, met = [ref.name], set[str]()
+        while pending:
+            node = self.nodes[pending.pop()]
+            if node.is_map:
+                return True
+            if node.name not in met:
+                met.add(node.name)
+                pending += node.operands
+        return False
+
     def recorded(self, ref: Ref) -> Call | None:
         node = self.nodes[ref.name]
         return Call(node.target, node.args, node.kwargs) if node.kind is Kind.LOCAL and node.target else None

@@ -31,8 +31,8 @@ def dropout(tracer: Tracer, call: Call) -> Any:
     axes = tracer.axes(ref)
     if not train or probability in (0, 1):
         return _without_drawing(tracer, ref, probability if train else 0)
-    if all(extent == 1 for extent in tracer.spec(ref).shape[2:]):
-        # A global value, as in the head: drawn as plain PyTorch draws it.
+    if all(extent == 1 for extent in tracer.spec(ref).shape[2:]) or not tracer.is_of_maps(ref):
+        # A global value, as in the head, or a weight: drawn as plain PyTorch draws it.
         if axes is not None:
             return NotStreamable("it has one position")
         return tracer.global_value(call.target, *call.args, **call.kwargs)

@@ -59,6 +59,9 @@ class Tracer(Protocol):
     def axes(self, ref: Ref) -> Axes | None:
         """Spatial axes of a map; ``None`` for a global value."""
 
+    def is_of_maps(self, ref: Ref) -> bool:
+        """Whether a value is a map or computed from maps, and not from parameters and constants alone."""
+
     def recorded(self, ref: Ref) -> Call | None:
         """The call that carries out a local operator; ``None`` for any other value."""
 
