@@ -63,3 +63,28 @@ def test_a_parameter_may_be_set_at_the_first_pass(late: bool) -> None:
         for name, value in expected.items()
     }
     assert max(errors.values()) < TOLERANCE, errors
+
+
+class _Reconstructing(nn.Module):
+    """Returns its image beside what it makes of it, as autoencoders do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"image": x, "made": self.conv(x), "view": x[:]}
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_returned_image_is_the_callers_own(trains: bool) -> None:
+    net = _Reconstructing().double()
+    image = make_image(0, SHAPE).requires_grad_()
+    with torch.set_grad_enabled(trains):
+        results = all_in_tiles(net)(image)
+    assert results["image"] is image
+    assert results["view"] is not image
+    if trains:
+        (found,) = torch.autograd.grad(results["made"].square().sum(), results["image"])
+        (expected,) = torch.autograd.grad(net(image)["made"].square().sum(), image)
+        torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any, TypeGuard
 
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from streamcnn.capture.capture import RawGraph
 from streamcnn.capture.subclasses import has_own_functions
 from streamcnn.data.reader import Image
 from streamcnn.errors import DatasetMismatch, UnsupportedModel
+from streamcnn.graph.program import Ref
 from streamcnn.support.sizes import is_size
 
 
@@ -97,6 +99,23 @@ def like_image(image: Image, results: Any) -> Any:
         results,
         is_leaf=is_size,
     )
+
+
+def with_own_image(results: Sequence[Any], graph: RawGraph, image: Image) -> list[Any]:
+    """The results of a pass, of which one that is the image is the very tensor that the caller gave."""
+
+    def is_own(output: Any, result: Any) -> bool:
+        given = isinstance(image, Tensor) and type(image) in (Tensor, nn.Parameter)
+        return given and output == Ref(graph.image) and _kind(result) == _kind(image)
+
+    return [
+        image if is_own(output, result) else result
+        for output, result in zip(graph.outputs, results, strict=False)
+    ]
+
+
+def _kind(tensor: Any) -> tuple[torch.device, torch.dtype]:
+    return tensor.device, tensor.dtype
 
 
 def _of_class(kind: type[Tensor], result: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from streamcnn.plan.storage import Tier
 from streamcnn.planning.spec import Machine, PassSpec
 from streamcnn.runtime.arguments import Arguments
 from streamcnn.runtime.autograd_node import Streamed
+from streamcnn.runtime.given_image import with_own_image
 from streamcnn.runtime.machines import this_machine
 from streamcnn.runtime.pass_stores import gain_of_a_larger_disk, memory_beside_the_budget, room_on_disk
 from streamcnn.runtime.plan_cache import Captured, PlanCache, Planned
@@ -147,6 +148,8 @@ class Passes:
             refuse_shared_memory(graph, states)
             results = running.in_parts(Captured(graph, states, reader.device, given.maps))
             asked = results[: len(results) - graph.num_checks]
+            if keep is None and owner.preprocess is None:
+                asked = with_own_image(asked, graph, image)
             return [states[each.key] if isinstance(each, Given) else each for each in asked]
 
         here = stand_in(reader.shape, reader.dtype, reader.device, requires_grad=image_gradient)
