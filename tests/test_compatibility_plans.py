@@ -1,7 +1,7 @@
 """The compatibility cases under plans drawn at random: the plan must not show in any result.
 
-A fifth of the cases have any resident tail and any policies for stored maps, another tenth also one image.
-A case's name decides its share and its plan, so that neither changes when other cases are added.
+A tenth of the cases have any resident tail and any policies for stored maps, another twentieth also one
+image. A case's name decides its share and its plan, so that neither changes when other cases are added.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def assert_holds(result: Result) -> None:
     assert result.holds or result.verdict == SAME, result.explain()
 
 
-@pytest.mark.parametrize("case", _picked(0, 5, 10, 15))
+@pytest.mark.parametrize("case", _picked(0, 10))
 def test_any_plan_gives_the_same(draw: random.Random, case: Case) -> None:
     draw.seed(case.name)
     assert_holds(compare(case))
@@ -100,7 +100,7 @@ def test_any_plan_gives_the_same(draw: random.Random, case: Case) -> None:
 
 # One image leaves some nets without a gradient but for rounding, and ATen's norms of one image may be wrong
 # (docs/numerics.md): no such case is picked here.
-@pytest.mark.parametrize("case", _picked(2, 12))
+@pytest.mark.parametrize("case", _picked(2))
 def test_any_plan_of_one_image_gives_the_same(draw: random.Random, case: Case) -> None:
     draw.seed(case.name)
     try:
