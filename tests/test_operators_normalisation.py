@@ -319,7 +319,6 @@ RESIDENT = {
     "rows into channels last": lambda x: F.pixel_shuffle(x[:, :, 1:].permute(0, 2, 3, 1), 2),
     "channels last pooled": lambda x: F.adaptive_avg_pool2d(x.permute(0, 2, 3, 1), (3, 2)),
     "largest of channels last": lambda x: F.adaptive_max_pool2d(x.permute(0, 2, 3, 1), 1),
-    "instance norm of volumes": lambda x: F.instance_norm(volumes(x)),
     "layer norm of volumes": lambda x: F.layer_norm(volumes(x), volumes(x).shape[2:]),
     "row by row": lambda x: x[:, :, 3] * x[:, :, 5],
     "rows of bounded norm": lambda x: x.renorm(2, 2, 9.0),
@@ -334,6 +333,7 @@ def test_resident_operator(case: Function) -> None:
 VOLUMES: dict[str, Function] = {
     "batch norm": lambda x: F.batch_norm(volumes(x), None, None, training=True),
     "group norm": lambda x: F.group_norm(volumes(x), 2),
+    "instance norm": lambda x: F.instance_norm(volumes(x)),
 }
 
 
