@@ -8,7 +8,7 @@ Other values from before that they need become inputs in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from streamcnn.capture.capture import RawGraph, RawNode, moved, spatial_axes
 from streamcnn.graph.costs import draws
 from streamcnn.graph.flattening import UPDATING
-from streamcnn.graph.program import Ref
+from streamcnn.graph.program import Ref, reached
 
 VALUE = "value "
 """How the keys of values begin that an earlier part hands over."""
@@ -62,7 +62,7 @@ def parts_of(graph: RawGraph) -> tuple[Part, ...]:
     where: dict[str, int] = {}
     _place_draws(graph, nodes, where)
     for depth in range(max(depths.values()) + 1):
-        for name in _needed(nodes, [name for name, found in depths.items() if found == depth]):
+        for name in reached(nodes, [name for name, found in depths.items() if found == depth]):
             where.setdefault(name, depth)
     _place_updates(graph, nodes, where)
     _keep_together(graph, where)
@@ -100,22 +100,11 @@ def _depths(graph: RawGraph) -> dict[str, int]:
     return depths
 
 
-def _needed(nodes: Mapping[str, RawNode], roots: Sequence[str]) -> list[str]:
-    found: dict[str, None] = {}
-    pending = [name for name in roots if name in nodes]
-    while pending:
-        name = pending.pop()
-        if name not in found:
-            found[name] = None
-            pending.extend(operand for operand in nodes[name].operands if operand in nodes)
-    return list(found)
-
-
 def _place_draws(graph: RawGraph, nodes: Mapping[str, RawNode], where: dict[str, int]) -> None:
     """Put draws that do not depend on the image into the first part, in their order."""
     for node in graph.nodes:
         if draws(node.target):
-            needed = _needed(nodes, [node.name])
+            needed = list(reached(nodes, [node.name]))
             if len(needed) == 1 or all(graph.image not in nodes[name].operands for name in needed):
                 where.update(dict.fromkeys(needed, 0))
 
@@ -128,7 +117,7 @@ def _place_updates(graph: RawGraph, nodes: Mapping[str, RawNode], where: dict[st
     changed = set(graph.updates.values())
     for node in graph.nodes:
         if node.name not in where and (node.name in changed or node.target in UPDATING):
-            needed = _needed(nodes, [node.name])
+            needed = list(reached(nodes, [node.name]))
             depth = max((where[name] for name in needed if name in where), default=0)
             for name in needed:
                 where.setdefault(name, depth)

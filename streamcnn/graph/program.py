@@ -10,7 +10,7 @@ import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.utils import _pytree as pytree
@@ -291,6 +291,26 @@ def _depending(program: Program, leaves: Collection[str]) -> frozenset[str]:
         ):
             found.add(node.name)
     return frozenset(found)
+
+
+class Reader(Protocol):
+    """A node of a program, or of a graph that is to become one."""
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """Names of the nodes it reads."""
+
+
+def reached(nodes: Mapping[str, Reader], roots: Iterable[str]) -> Iterator[str]:
+    """The ``roots`` and all that they are computed from, as far as they are among ``nodes``, each once."""
+    found: set[str] = set()
+    pending = list(roots)
+    while pending:
+        name = pending.pop()
+        if name in nodes and name not in found:
+            found.add(name)
+            yield name
+            pending.extend(nodes[name].operands)
 
 
 def refs_in(structure: Any) -> tuple[str, ...]:

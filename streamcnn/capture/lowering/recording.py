@@ -21,7 +21,7 @@ from streamcnn.geometry.regions import Region
 from streamcnn.graph.costs import cost_of
 from streamcnn.graph.ops.reduction_types import Reduction
 from streamcnn.graph.ops.rules import Call, NotStreamable, rule_for
-from streamcnn.graph.program import Access, Axes, Kind, Local, Node, Ref, TensorSpec, substitute
+from streamcnn.graph.program import Access, Axes, Kind, Local, Node, Ref, TensorSpec, reached, substitute
 from streamcnn.graph.whole import Whole
 
 LIKE_OTHERS = frozenset({torch.ops.aten.to.other, torch.ops.aten.type_as.default})
@@ -95,15 +95,7 @@ class Recording:
         return node.axes if node.is_map else None
 
     def is_of_maps(self, ref: Ref) -> bool:
-        pending, met = [ref.name], set[str]()
-        while pending:
-            node = self.nodes[pending.pop()]
-            if node.is_map:
-                return True
-            if node.name not in met:
-                met.add(node.name)
-                pending += node.operands
-        return False
+        return any(self.nodes[name].is_map for name in reached(self.nodes, [ref.name]))
 
     def recorded(self, ref: Ref) -> Call | None:
         node = self.nodes[ref.name]

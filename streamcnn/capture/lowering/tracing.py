@@ -6,7 +6,7 @@ dtype that it will have in the pass.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
@@ -21,7 +21,7 @@ from streamcnn.capture.lowering.recording import Recording
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.costs import draws
 from streamcnn.graph.fakes import TRACING
-from streamcnn.graph.program import Axes, Kind, Node, Program, refs_in, substitute
+from streamcnn.graph.program import Axes, Kind, Node, Program, reached, refs_in, substitute
 from streamcnn.graph.together import with_updates_together
 from streamcnn.graph.whole import GradientHook, OnlyResult, Whole
 
@@ -102,7 +102,8 @@ class Trace:
         outputs = substitute(graph.outputs, partial(lowering.result, keeps_maps=self._keeps_results))
         updates = {key: lowering.result(name).name for key, name in graph.updates.items()}
         nodes = lowering.recording.nodes
-        needed = _needed(nodes, (*refs_in(outputs), *updates.values(), *_run_if_unread(nodes), graph.image))
+        roots = (*refs_in(outputs), *updates.values(), *_run_if_unread(nodes), graph.image)
+        needed = set(reached(nodes, roots))
         _refuse_unread_draws(nodes, needed)
         unread = graph.states.keys() - self._maps.keys() - needed
         zeroed = frozenset(unread & _cut_off(lowering.recording, needed))
@@ -121,29 +122,11 @@ class Trace:
         )
 
 
-def _needed(nodes: Mapping[str, Node], roots: Sequence[str]) -> set[str]:
-    needed: set[str] = set()
-    pending = list(roots)
-    while pending:
-        name = pending.pop()
-        if name not in needed:
-            needed.add(name)
-            pending.extend(nodes[name].operands)
-    return needed
-
-
 def _cut_off(recording: Recording, needed: Collection[str]) -> set[str]:
     """What values depended on that were cut off from those that are needed."""
     nodes = {name: node for name, node in recording.nodes.items() if node.grad}
-    roots = {name for kept, cut in recording.cut.items() if kept in needed for name in cut}
-    found: set[str] = set()
-    pending = list(roots & nodes.keys())
-    while pending:
-        name = pending.pop()
-        if name not in found:
-            found.add(name)
-            pending.extend(nodes.keys() & nodes[name].operands)
-    return found
+    cut = (name for kept, off in recording.cut.items() if kept in needed for name in off)
+    return set(reached(nodes, cut))
 
 
 def _run_if_unread(nodes: Mapping[str, Node]) -> Iterator[str]:
