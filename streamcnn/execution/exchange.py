@@ -75,17 +75,20 @@ class Exchange:
                 return self._maps.reserve_gradient(name, tile.own(name))
             case Source.STORED:
                 return self._maps.reserve(name, tile.own(name))
-            case _:
-                return Deferred(partial(self._read, wanted, tile, step))
+            case Source.VALUE | Source.TERM:
+                return Deferred(partial(self._at_hand, wanted, step))
 
     def _read(self, wanted: Input, tile: Tile, step: Step) -> Tensor:
-        match wanted.source:
-            case Source.VALUE:
-                return self._value(wanted.name, step)
-            case Source.TERM:
-                return self._global_graph.gradient_terms[wanted.name][wanted.term]
-            case _:
-                return self._incoming(wanted, tile, step).tile()
+        if wanted.source in (Source.VALUE, Source.TERM):
+            # Nearly all inputs: nothing is to be prepared.
+            return self._at_hand(wanted, step)
+        return self._incoming(wanted, tile, step).tile()
+
+    def _at_hand(self, wanted: Input, step: Step) -> Tensor:
+        """A global value, or a term of a gradient, which no tile has to be brought for."""
+        if wanted.source is Source.VALUE:
+            return self._value(wanted.name, step)
+        return self._global_graph.gradient_terms[wanted.name][wanted.term]
 
     def _value(self, name: str, step: Step) -> Tensor:
         """A global value in the element type that a step takes."""
