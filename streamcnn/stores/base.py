@@ -41,15 +41,18 @@ class StoreSpec:
         """Bytes of the whole map."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def position_nbytes(self) -> int:
+        """Bytes of one position; 0 for a map without positions."""
+        return self.nbytes // max(1, math.prod(self.size))
+
     def tile_shape(self, region: Region) -> tuple[int, ...]:
         """``shape`` with the spatial extents of ``region``."""
         return with_extents(self.shape, self.axes, region.size)
 
     def tile_nbytes(self, region: Region) -> int:
         """Bytes of the map inside ``region``."""
-        rows, cols = region.size
-        height, width = self.size
-        return self.nbytes // max(1, height * width) * rows * cols
+        return self.position_nbytes * math.prod(region.size)
 
 
 class Store(ABC):

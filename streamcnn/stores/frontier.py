@@ -49,9 +49,6 @@ class Frontier:
         """
         if self._holds(region):
             return [(region, True)]
-        if self._continues(region):
-            self._heights[0] = region.rows.stop
-            return [(region, False)]
         if zero is not None:
             for part in self.skipped(region):
                 zero(part)

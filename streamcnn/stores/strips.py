@@ -55,10 +55,9 @@ class Strips:
         width, tile_width = spec.size[1], tile_hint[1]
         if tile_width < width:
             width = min(width, max(_NARROWEST, min(_WIDEST, tile_width // _STRIPS_PER_TILE)))
-        # A map without images or channels has positions of no bytes, and one without rows has no positions.
-        position_nbytes = spec.nbytes // max(1, math.prod(spec.size))
-        width = max(1, min(width, BLOCK_NBYTES // max(1, position_nbytes)))
-        return cls(spec, width, width * position_nbytes)
+        # A map may have no elements.
+        width = max(1, min(width, BLOCK_NBYTES // max(1, spec.position_nbytes)))
+        return cls(spec, width, width * spec.position_nbytes)
 
     @property
     def count(self) -> int:
