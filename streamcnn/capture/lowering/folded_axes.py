@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from streamcnn.capture.lowering.folded_indices import at_indices
+from streamcnn.capture.lowering.folded_indices import at_indices, named_axes
 from streamcnn.capture.lowering.folding import (
     TRANSLATIONS,
     Folded,
     FoldingTracer,
+    Translation,
     as_folded,
     as_seen,
     is_merged_like,
@@ -86,9 +87,6 @@ def _everywhere(tracer: FoldingTracer, call: Call) -> Any:
 
 def _along(tracer: FoldingTracer, call: Call) -> Any:
     """Translate operators along axes that are not merged: concat, split, select, sort, softmax."""
-    picked = at_indices(tracer, call)
-    if picked is not None:
-        return picked
     like = tracer.fake_seen(call)
     parts = like if isinstance(like, (tuple, list)) else (like,)
     values = values_of(call)
@@ -162,11 +160,8 @@ def _unmerged(value: Any) -> Any:
 
 def _indexed(tracer: FoldingTracer, call: Call) -> Any:
     """Translate indexing by a tensor along one axis that is not merged."""
-    picked = at_indices(tracer, call)
-    if picked is not None:
-        return picked
     value, indices = call.bind("self", "indices")
-    named = [axis for axis, index in enumerate(indices) if index is not None]
+    named = named_axes(call)
     if not isinstance(value, Folded) or len(named) != 1 or value.runs[named[0]] > 1:
         return NotStreamable("it works along merged axes of space")
     index = indices[named[0]]
@@ -176,6 +171,16 @@ def _indexed(tracer: FoldingTracer, call: Call) -> Any:
     ones = (1,) * (like.dim() - len(value.runs) + 1)
     runs = (*value.runs[: named[0]], *ones, *value.runs[named[0] + 1 :])
     return as_seen(tracer, result, runs, like.shape)
+
+
+def _by_index(otherwise: Translation) -> Translation:
+    """Translate operators that may take a few of all positions by their indices, or else ``otherwise``."""
+
+    def translated(tracer: FoldingTracer, call: Call) -> Any:
+        picked = at_indices(tracer, call)
+        return otherwise(tracer, call) if picked is None else picked
+
+    return translated
 
 
 def _reduce(tracer: FoldingTracer, call: Call) -> Any:
@@ -217,13 +222,13 @@ TRANSLATIONS.update(
     {
         pointwise.pointwise: alike_folded,
         **dict.fromkeys((dropout.dropout, pointwise.from_shape, pointwise.from_metadata), _everywhere),
-        shape.index_channels: _indexed,
+        shape.index_channels: _by_index(_indexed),
         **dict.fromkeys((pointwise.linear, normalization.layer_norm, pointwise.trailing_norm), _trailing),
         **dict.fromkeys(
             (shape.concatenate, shape.split, shape.unbind, shape.select, shape.slice_axis), _along
         ),
-        fourier.transform: _along,
-        **dict.fromkeys((shape.flip, padding.roll, along_axes.along_axis, losses.gather_channels), _along),
+        **dict.fromkeys((shape.flip, padding.roll, fourier.transform), _along),
+        **dict.fromkeys((along_axes.along_axis, losses.gather_channels), _by_index(_along)),
         **dict.fromkeys((reductions.mean_or_sum, reductions.extremum, reductions.truth), _reduce),
         **dict.fromkeys((reductions.vector_norm, reductions.variance, reductions.count), _reduce),
     }

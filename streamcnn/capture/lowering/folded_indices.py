@@ -26,7 +26,7 @@ def at_indices(tracer: FoldingTracer, call: Call) -> Ref | None:
     """The values at given indices of all positions; None if the call is another, or picks too many."""
     if call.target not in _BY_INDEX:
         return None
-    if call.target is aten.index.Tensor and len(_named(call)) == 2:
+    if call.target is aten.index.Tensor and len(named_axes(call)) == 2:
         return _of_other_images(tracer, call)
     value, axis, index = _operands(call)
     if not isinstance(value, Folded) or index is None or not is_global(tracer, index):
@@ -66,11 +66,11 @@ def _operands(call: Call) -> tuple[Any, int, Any]:
         value, axis, index = call.bind("self", "dim", "index")
         return value, axis, index
     value, indices = call.bind("self", "indices")
-    named = _named(call)
+    named = named_axes(call)
     return value, named[0], indices[named[0]] if len(named) == 1 else None
 
 
-def _named(call: Call) -> list[int]:
+def named_axes(call: Call) -> list[int]:
     """The axes for which ``x[...]`` has indices."""
     return [place for place, index in enumerate(call.bind("indices")[0]) if index is not None]
 
@@ -81,7 +81,7 @@ def _of_other_images(tracer: FoldingTracer, call: Call) -> Ref | None:
     The tokens at all of the indices are taken of each image first.
     """
     value, indices = call.bind("self", "indices")
-    places = _named(call)
+    places = named_axes(call)
     if not isinstance(value, Folded) or not all(is_global(tracer, indices[place]) for place in places):
         return None
     merged = [
