@@ -105,8 +105,11 @@ def with_own_image(results: Sequence[Any], graph: RawGraph, image: Image) -> lis
     """The results of a pass, of which one that is the image is the very tensor that the caller gave."""
 
     def is_own(output: Any, result: Any) -> bool:
-        given = isinstance(image, Tensor) and type(image) in (Tensor, nn.Parameter)
-        return given and output == Ref(graph.image) and _kind(result) == _kind(image)
+        return (
+            type(image) in (Tensor, nn.Parameter)
+            and output == Ref(graph.image)
+            and _kind(result) == _kind(image)
+        )
 
     return [
         image if is_own(output, result) else result

@@ -6,7 +6,6 @@ Fourier convolution) is one of all rows, which is stored, and then one of all co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -118,13 +117,8 @@ class _Fourier(nn.Module):
         channels = torch.cat((spectrum.real, spectrum.imag), 1).relu()
         filtered = torch.complex(*channels.chunk(2, 1))
         y: Tensor = torch.fft.irfft2(filtered, s=size, norm="ortho")
-        y = y + _mixed(x) + torch.fft.fftshift(x.cos(), (2, 3))
+        y = y + torch.fft.fftn(x, dim=(1, 3)).real.sin() + torch.fft.fftshift(x.cos(), (2, 3))
         return y
-
-
-def _mixed(x: Tensor, dims: Sequence[int] = (1, 3)) -> Tensor:
-    mixed: Tensor = torch.fft.fftn(x, dim=tuple(dims)).real.sin()
-    return mixed
 
 
 SAMPLES = (Sample("Fourier transforms", lambda: chain(nn.Conv2d(3, 4, 3), _Fourier())),)
