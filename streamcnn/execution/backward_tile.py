@@ -57,7 +57,8 @@ class BackwardTile:
 
     def _recompute(self) -> None:
         step = self.step
-        values, parts = self._global_values(), self._input_parts()
+        values = self._global_values()
+        parts = self._input_parts(values)
         for name in step.parts:
             if name in step.owned:
                 self._root(name, parts[name, step.owned[name].own])
@@ -72,14 +73,20 @@ class BackwardTile:
             for name in names
         }
 
-    def _input_parts(self) -> dict[tuple[str, Region], Tensor]:
-        """A leaf for each input and part, since a slice inside the graph would cost a zero-filled copy."""
+    def _input_parts(self, values: dict[str, Tensor]) -> dict[tuple[str, Region], Tensor]:
+        """A leaf for each input and part, since a slice inside the graph would cost a zero-filled copy.
+
+        Inputs that an operator reads whole are added to ``values``.
+        """
         parts = {}
         for name, operands in self.step.parts.items():
             whole = self.given.pop(Input(Source.MAP, name))
             for operand in operands:
                 part = crop(whole, operand.axes, operand.covered, operand.part)
-                parts[name, operand.part] = self._leaf(Output(Sink.MAP_GRADIENT, name, operand.part), part)
+                leaf = self._leaf(Output(Sink.MAP_GRADIENT, name, operand.part), part)
+                parts[name, operand.part] = leaf
+                if operand.part == operand.covered:
+                    values[name] = leaf
         return parts
 
     def _leaf(self, output: Output, value: Tensor) -> Tensor:

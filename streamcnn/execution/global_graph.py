@@ -7,6 +7,7 @@ gradients, and before any earlier phase runs.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -57,6 +58,9 @@ def evaluate(node: Node, value_of: Callable[[str], Any]) -> Any:
     """The result of a node that computes global values, given the values of others by name."""
     assert node.target is not None
     args, kwargs = arguments(node, value_of)
+    if node.target is operator.getitem:
+        # Most nodes: the items of what others return.
+        return args[0][args[1]]
     target = cost_of(node.target).on_whole or node.target
     with as_recorded(grad=node.grad, casts=node.casts):
         return target(*args, **kwargs)
@@ -115,10 +119,7 @@ class GlobalGraph:
         current = _Record()
         with torch.set_grad_enabled(record):
             if not self._run_otherwise(segment, current, barrier):
-                for name in segment.nodes:
-                    current.values[name] = self._evaluate(self.program.nodes[name], current, barrier)
-                    for dead in self._last_uses.get(name, ()):
-                        current.values.pop(dead, None)
+                self._run_nodes(segment, current, barrier)
                 self._note(segment, current)
         for name, value in current.values.items():
             if isinstance(value, Tensor):
@@ -126,15 +127,22 @@ class GlobalGraph:
         if record:
             self._records[segment.level] = current
 
-    def _evaluate(self, node: Node, current: _Record, barrier: Callable[[Node], Results]) -> Any:
-        if node.kind is not Kind.GLOBAL:
-            results = self._reached(node, current, barrier)
-            return results[0] if node.kind is Kind.GATHER else results
+    def _run_nodes(self, segment: Segment, current: _Record, barrier: Callable[[Node], Results]) -> None:
+        """Evaluate a segment operator by operator."""
+        values, nodes = current.values, self.program.nodes
 
         def value_of(name: str) -> Any:
-            return current.values[name] if name in current.values else self._read(name, current)
+            return values[name] if name in values else self._read(name, current)
 
-        return evaluate(node, value_of)
+        for name in segment.nodes:
+            node = nodes[name]
+            if node.kind is Kind.GLOBAL:
+                values[name] = evaluate(node, value_of)
+            else:
+                results = self._reached(node, current, barrier)
+                values[name] = results[0] if node.kind is Kind.GATHER else results
+            for dead in self._last_uses.get(name, ()):
+                values.pop(dead, None)
 
     def _reached(self, node: Node, current: _Record, barrier: Callable[[Node], Results]) -> Results:
         """The results of a reduction or gather, at which autograd stops."""

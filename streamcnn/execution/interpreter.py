@@ -17,7 +17,7 @@ from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import crop, padded, placed, with_extents
 from streamcnn.graph.autocast import as_recorded
 from streamcnn.graph.costs import cost_of
-from streamcnn.graph.program import arguments
+from streamcnn.graph.program import Ref, arguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,8 @@ class TileRun:
 
     step: Step
     values: dict[str, Tensor]
-    """Values that operators read: at first the step's inputs, then the operators' own values too."""
+    """Values that operators read: at first the step's inputs, then the operators' own values too. In a
+    backward step, of input maps only those that are read whole."""
     parts: Mapping[tuple[str, Region], Tensor] = field(default_factory=dict)
     """Parts of input maps that have been cropped already."""
 
@@ -45,6 +46,10 @@ class TileRun:
     def evaluate_operator(self, operator: Operator) -> Tensor:
         """The value of one operator on the region that the tile needs."""
         node = operator.node
+        if operator.is_plain:
+            values = self.values
+            plain = [values[arg.name] if type(arg) is Ref else arg for arg in node.args]
+            return operator.target(*plain, **node.kwargs, **operator.keywords)  # type: ignore[no-any-return]
         assert node.local is not None
         fill = node.local.fill
 

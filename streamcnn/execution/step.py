@@ -117,9 +117,17 @@ class Operator:
     reads."""
     is_placed: bool = field(init=False)
     """Whether the target yields just the region that is needed."""
+    is_plain: bool = field(init=False)
+    """Whether it is a call with the values themselves, as all but the windowed operators of a band are."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "is_placed", self.result == self.out)
+        node = self.node
+        is_placed = self.result == self.out
+        reads_whole = all(each.part == each.window == each.covered for each in self.operands.values())
+        has_modes = not node.grad or node.casts is not None
+        is_plain = node.is_flat and is_placed and reads_whole and not has_modes and not self.is_skipped
+        object.__setattr__(self, "is_placed", is_placed)
+        object.__setattr__(self, "is_plain", is_plain)
 
 
 @dataclass(frozen=True, slots=True)
