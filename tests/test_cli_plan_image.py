@@ -78,6 +78,20 @@ def test_a_plan_is_of_the_level_that_is_chosen(tmp_path: Path, run: Run, factory
     assert (status, "with the channels last: leave channels_last=False" in err) == (1, True)
 
 
+@pytest.mark.parametrize("device", [(), ("--card",)])
+def test_a_plan_is_of_passes_under_autocast(run: Run, factory: str, device: tuple[str, ...]) -> None:
+    taken = {}
+    for dtype in ("", "bfloat16", "float16"):
+        options = (f"--autocast={dtype}",) if dtype else ()
+        status, out, err = run("plan", factory, "--size=512", *options, *device, "--json")
+        assert (status, err) == (0, "")
+        taken[dtype] = json.loads(out)["plain_bytes"]
+    # Of what the card itself reserves nothing is saved.
+    assert taken["bfloat16"] == taken["float16"] < taken[""] - 4 * 10**6
+    status, _, err = run("plan", factory, "--autocast=int8")
+    assert (status, "'int8' is not one of 'bfloat16', 'float16'" in err) == (2, True)
+
+
 def test_a_model_of_timm_is_made_for_the_files_channels(tmp_path: Path, run: Run) -> None:
     timm = pytest.importorskip("timm")
     np.save(tmp_path / "a.npy", pixels(5, size=(96, 96)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,6 +41,13 @@ class Task(StrEnum):
     segmentation = "segmentation"
 
 
+class Autocast(StrEnum):
+    """The element types of autocast."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 class Optimizer(StrEnum):
     """Optimisers by the state that they keep for each parameter."""
 
@@ -69,6 +77,9 @@ def plan(
     channels_last: ChannelsLast = None,
     budget: Annotated[str | None, typer.Option(help="Memory ceiling, such as 11GB or 8GiB.")] = None,
     tile: Tile = None,
+    autocast: Annotated[
+        Autocast | None, typer.Option(help="The element type of autocast around the passes, if any.")
+    ] = None,
     model_option: ModelOption = None,
     task: Annotated[
         Task, typer.Option(help="What it is trained for; the loss of a segmentation is streamed too.")
@@ -117,19 +128,30 @@ def plan(
     streamed = StreamingModel(net, budget=budget_bytes, tile=tile_extent)
     if source is not None:
         streamed.preprocess = Normalise()
-    if card:
-        from streamcnn.runtime.machines import cuda_card
+    with _casting(autocast):
+        if card:
+            from streamcnn.runtime.machines import cuda_card
 
-        machine = cuda_card(net, host_bytes=host_bytes or 0, optimizer_copies=optimizer.copies)
-        planned = streamed.plan_for(machine, shape)
-    elif task is Task.segmentation:
-        planned = _plan_segmentation(streamed, source, shape, loss, key)
-    else:
-        planned = streamed.plan(shape if source is None else [source] * batch)
+            machine = cuda_card(net, host_bytes=host_bytes or 0, optimizer_copies=optimizer.copies)
+            planned = streamed.plan_for(machine, shape)
+        elif task is Task.segmentation:
+            planned = _plan_segmentation(streamed, source, shape, loss, key)
+        else:
+            planned = streamed.plan(shape if source is None else [source] * batch)
     if source is not None and not as_json:
         typer.echo(printable(_file_line(source)))
     typer.echo(planned.to_json() if as_json else printable(planned.explain(), keep="\n"))
     planned.validate()
+
+
+def _casting(autocast: Autocast | None) -> AbstractContextManager[object]:
+    """Autocast for planning, which the model does on the CPU for every device."""
+    import torch
+
+    if autocast is None:
+        return nullcontext()
+    # A cached cast would keep the weights' copies.
+    return torch.autocast("cpu", getattr(torch, autocast.value), cache_enabled=False)
 
 
 def _plan_segmentation(
