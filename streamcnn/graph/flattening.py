@@ -8,6 +8,7 @@ becomes one call of a :class:`Whole`.
 
 from __future__ import annotations
 
+import linecache
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -24,6 +25,7 @@ from torch.fx import Node as FxNode
 from torch.fx import node as fx_node
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.graph_module import _loader
 
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.func_stretches import nesting, with_stretches_folded
@@ -65,7 +67,18 @@ def flatten(
     traced = make_fx(function, pre_dispatch=True, _allow_non_fake_inputs=True)
     with mode, fx_traceback.preserve_node_meta(), torch.set_grad_enabled(grad), _kept_if_unread():
         graph: GraphModule = traced(*inputs)
+    _forget_source(graph)
     return graph
+
+
+def _forget_source(module: GraphModule) -> None:
+    """Drop the source of a graph's Python code, which is not run.
+
+    torch.fx keeps it until the process ends, and some code is captured anew in each pass.
+    """
+    name = module.forward.__code__.co_filename
+    _loader.eval_cache.pop(name, None)
+    linecache.cache.pop(name, None)
 
 
 UPDATING = frozenset({torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default})

@@ -20,6 +20,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from streamcnn.capture.guarded.any_size import (
     with_symbols,
 )
 from streamcnn.capture.guarded.dynamo_graphs import KeyedGraph, keyed_graph
+from streamcnn.capture.guarded.dynamo_leftovers import forget_backend, forget_with, references_kept_in
 from streamcnn.capture.guarded.dynamo_settings import dynamo_as_wanted
 from streamcnn.capture.guarded.guarded_image import CannotBeGuarded, as_image
 from streamcnn.capture.guarded.unseen import Unseen
@@ -179,7 +181,8 @@ def _called(
 ) -> Any:
     """The result of a call, by an earlier capture or by a new one under further ``settings``."""
     with call.settings:
-        for each in (dynamo_as_wanted(), collector.off(), *settings):
+        kept = references_kept_in(captures.references)
+        for each in (dynamo_as_wanted(), kept, collector.off(), *settings):
             call.settings.enter_context(each)
         outer, _present.call = _present.call, call
         try:
@@ -200,6 +203,8 @@ class _Captures:
     def __init__(self, check: Callable[[GraphModule], None] | None) -> None:
         self._graphs = _Graphs(check)
         self._compiled: Callable[..., Any] | None = None
+        self.references: list[ref[Any]] = []
+        """References to objects that guards know by identity."""
 
     @property
     def count(self) -> int:
@@ -251,7 +256,10 @@ def _compiled(graphs: _Graphs) -> Callable[..., Any]:
     # Dynamo keeps graphs with a code object, and names in its globals. A copy's own are freed with it.
     own = types.FunctionType(_forward.__code__.replace(), {**_forward.__globals__}, "forward")
     # Marks on images say whether their sizes are symbols; for all else settings do.
-    return torch.compile(own, backend=graphs, fullgraph=True)
+    forget_with(own)
+    compiled = torch.compile(own, backend=graphs, fullgraph=True)
+    forget_backend(graphs)
+    return compiled
 
 
 class _Captured:
