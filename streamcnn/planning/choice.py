@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from streamcnn.plan.level_bytes import Ints
-from streamcnn.planning.candidate_scores import CandidateScores
+from streamcnn.planning.candidate_scores import CandidateScores, Floats
 
 _ROUNDS = 16
 """The most times that the room is tightened."""
@@ -24,6 +24,17 @@ class Choice:
     seconds: float
     nbytes: int
     fits: bool
+    peaks: Ints
+    """(stages, candidates): bytes of the pass at each stage, had it that candidate."""
+    scores: CandidateScores
+
+    def saved_with(self, room: int) -> Floats:
+        """(stages,): the most seconds that each stage would save if its peaks may take ``room`` bytes."""
+        scores = self.scores
+        taken = scores.seconds[np.arange(len(self.indices)), list(self.indices)]
+        fastest = np.where(self.peaks <= room, scores.seconds, np.inf).min(axis=1, initial=np.inf)
+        saved: Floats = np.maximum(taken - fastest, 0.0)
+        return saved
 
     @property
     def rank(self) -> tuple[bool, float]:
@@ -73,12 +84,15 @@ def _choose_once(scores: CandidateScores, limit: int, room: float, allowed: floa
     assert choice is not None
     rows = np.arange(len(choice))
     found = scores.pass_bytes(choice, int(scores.reusable[rows, choice].max(initial=0)))
-    nbytes = max(int(scores.peaks(found)[rows, choice].max(initial=0)), scores.other_peak(found))
+    peaks = scores.peaks(found)
+    nbytes = max(int(peaks[rows, choice].max(initial=0)), scores.other_peak(found))
     return Choice(
         indices=tuple(choice.tolist()),
         seconds=float(scores.seconds[rows, choice].sum()),
         nbytes=nbytes,
         fits=nbytes <= allowed,
+        peaks=peaks,
+        scores=scores,
     )
 
 

@@ -30,6 +30,10 @@ class Policies:
     dropped: frozenset[str] = frozenset()
     recomputed: frozenset[str] = frozenset()
 
+    def keeps(self, name: str) -> bool:
+        """Whether a map is kept."""
+        return not any(name in each for each in (self.offloaded, self.dropped, self.recomputed))
+
     def changed(self, policies: Mapping[str, Policy]) -> Policies:
         """A copy with new policies for the maps that ``policies`` names."""
 

@@ -5,7 +5,7 @@ offloaded and that are dropped between the two passes, and whether freed blocks 
 these, phases are independent of each other: each takes the tiles with the least projected time whose steps
 fit into what the budget leaves at that point. The search is over solutions. It first offloads the maps that
 are cheapest to offload: as few as make the plan fit, or a few more. If the disk has no room for them,
-`within_disk` takes some off it. Then it keeps, drops or recomputes offloaded maps instead, one by one,
+`within_disk` takes some off it. Then it keeps, offloads, drops or recomputes maps instead, one by one,
 wherever that is faster. For long passes it does so in several orders and takes the best result.
 """
 
@@ -26,7 +26,7 @@ from streamcnn.plan.storage import StorePlan, Tier
 from streamcnn.plan.stored_bytes import StoredBytes
 from streamcnn.planning.candidate_table import CandidateTable, StageRow
 from streamcnn.planning.candidates import TilingCandidate, TilingCandidates
-from streamcnn.planning.choice import choose
+from streamcnn.planning.choice import Choice, choose
 from streamcnn.planning.cost_model import Tiers
 from streamcnn.planning.disk_room import beyond, within_disk
 from streamcnn.planning.global_bytes import GlobalBytes, last_readers, with_gradient_maps
@@ -38,10 +38,14 @@ from streamcnn.support.recent import Recent
 
 SPILL_STEPS = (1.0, 1.15, 1.4, 2.0)
 """Multiples of the fewest offloaded maps that are tried: more of them leave room for larger tiles."""
-ROUNDS = 2
-"""How often other policies are tried for all offloaded and dropped maps."""
+ROUNDS = 4
+"""How often other policies are tried for all maps that may be stored."""
 THOROUGH = 8
 """Up to this many stored maps, every number of offloaded maps and every pair of moves is tried."""
+_LEAST_GAIN = 1e-3
+"""Share of a pass's time that is worth looking for at one map."""
+_LEAST_ROUND = 1e-2
+"""Share of a pass's time that a round must save for another one to be worth its time."""
 _LONG = 10.0
 """Seconds that a pass must take for a faster plan to be worth some more seconds of planning."""
 _RECOMPUTED_BACKWARD = 4
@@ -78,6 +82,8 @@ class Solution:
     """Bytes on disk during each phase of both passes; empty where the disk's room is unlimited."""
     excess: int
     """Bytes on disk beyond its room; see `beyond`."""
+    choice: Choice
+    """How the tilings were chosen."""
 
     @property
     def staging(self) -> Staging:
@@ -141,17 +147,18 @@ class Search:
     def improved(self, found: Solution) -> Solution:
         """Change the policies of maps in ``found``, for room on disk and for speed.
 
-        Maps are visited from the largest to the smallest, and for long passes also along the network and
-        against it: the best policy for a map depends on those chosen before, so each order gives another
-        result. Where few maps can be stored, pairs of them are changed together too.
+        Maps are visited from the last to the first, and for long passes also from the first to the last and
+        from the largest to the smallest: the best policy for a map depends on those chosen before, so each
+        order gives another result. Where few maps can be stored, pairs of them are changed together too.
         """
         if not found.fits:
             return found
         start = within_disk(self, found)
         place, nodes = self.program.position, self.program.nodes
-        best = self._moved_in_order(start, lambda name: (-nodes[name].nbytes, name))
+        best = self._moved_in_order(start, lambda name: -place(name))
         if best.seconds > _LONG and len(start.base.stored) > THOROUGH:
-            others = (self._moved_in_order(start, order) for order in (place, lambda name: -place(name)))
+            orders = (place, lambda name: (-nodes[name].nbytes, name))
+            others = (self._moved_in_order(start, order) for order in orders)
             best = min((best, *others), key=lambda each: each.rank)
         return best
 
@@ -162,15 +169,13 @@ class Search:
         looked: dict[tuple[str, ...], Solution] = {}
         for _ in range(THOROUGH if thorough else ROUNDS):
             before = found
-            names = sorted(
-                found.base.stored if thorough else found.policies.offloaded | found.policies.dropped,
-                key=order,
-            )
+            names = sorted(found.base.stored, key=order)
             for moved in (*((name,) for name in names), *(combinations(names, 2) if thorough else ())):
                 if looked.get(moved) is not found:
                     looked[moved] = found
                     found = min((found, *self.moved(found, moved, thorough=thorough)), key=lambda c: c.rank)
-            if found is before:
+            gained = before.seconds - found.seconds
+            if found is before or (not thorough and gained < _LEAST_ROUND * found.seconds):
                 break
         return found
 
@@ -190,7 +195,8 @@ class Search:
                 # This is ``found`` itself.
                 continue
             if all(self._is_possible(found, n, policy, thorough) for n, policy in moves.items()):
-                for reuses_blocks in self._ways if thorough else (found.reuses_blocks,):
+                several = thorough and not changed.offloaded
+                for reuses_blocks in self._ways if several else (found.reuses_blocks,):
                     yield self.solution(found.base, changed, reuses_blocks=reuses_blocks)
 
     def _is_possible(self, found: Solution, name: str, policy: Policy, thorough: bool) -> bool:
@@ -199,18 +205,23 @@ class Search:
             case Policy.KEEP:
                 return True
             case Policy.OFFLOAD_VALUES:
-                return thorough or name in found.policies.gradients
+                is_moved = thorough or not found.policies.keeps(name)
+                return is_moved or self._saved_without(found, name) > _LEAST_GAIN * found.seconds
             case Policy.OFFLOAD:
                 return thorough
             case Policy.DROP:
                 return name in self.tilings.differentiated and (
-                    thorough or self._may_pay(found, name, once=True)
+                    thorough or name in found.policies.recomputed or self._may_pay(found, name, once=True)
                 )
             case Policy.RECOMPUTE:
                 return name not in self.whole and (thorough or self._may_pay(found, name, once=False))
 
     def _may_pay(self, found: Solution, name: str, *, once: bool) -> bool:
-        """Whether computing a map again, ``once`` or per reader, is faster than moving it, halos aside."""
+        """Whether computing a map again, ``once`` or per reader, may save time, halos aside.
+
+        It saves moving the map, unless it is kept and written once more, and what stages lose for want of the
+        memory that a kept map takes.
+        """
         nodes, hardware = self.program.nodes, self._hardware(found.tiers)
         pending, chain = [name], dict[str, None]()
         while pending:
@@ -221,14 +232,28 @@ class Search:
             chain[place] = None
             pending.extend(local.accesses)
         recomputed = sum(self.tilings.works_on_tiles[each].seconds(hardware) for each in chain)
-        moved, passes = 0.0, 1
+        is_offloaded, passes, readers = name in found.policies.offloaded, 1, 0
+        saved = 0.0 if is_offloaded else self._saved_without(found, name)
         for tiling, row in zip(found.tilings, found.table.rows, strict=True):
-            for traffic in (tiling.moved.get(name), row.outputs.get(name)):
-                moved += 0.0 if traffic is None else traffic.seconds(hardware, found.tiers[name])
+            if is_offloaded or not once:
+                for traffic in (tiling.moved.get(name), row.outputs.get(name)):
+                    saved += 0.0 if traffic is None else traffic.seconds(hardware, found.tiers[name])
+            readers += name in tiling.moved and name not in row.outputs
             if name in row.outputs and row.is_differentiated and tiling.tiled.stage.reductions and not once:
                 # Its own phase stays for the reduction, and differentiates the map as its readers do.
                 passes = _RECOMPUTED_BACKWARD
-        return passes * recomputed < moved
+        if not once:
+            # Each reader computes it in both passes, and its own phase no longer does so in the forward pass.
+            passes = max(passes, 2 * readers - 1)
+        return passes * recomputed < saved
+
+    def _saved_without(self, found: Solution, name: str) -> float:
+        """The most seconds that later stages may save if a map and its gradient map are not in memory."""
+        if self.budget is None:
+            return 0.0
+        later = found.table.levels >= found.staging.levels[name]
+        saved = found.choice.saved_with(self.budget + 2 * self.program.nodes[name].nbytes)
+        return float(saved[later].sum())
 
     def _offloading(self, staging: Staging) -> Iterator[Solution]:
         """Solutions of a staging that offload maps in the order of their cost per byte."""
@@ -304,6 +329,7 @@ class Search:
             fits=choice.fits,
             on_disk=on_disk,
             excess=0 if self.room_on_disk is None else beyond(on_disk, self.room_on_disk),
+            choice=choice,
         )
 
     def _on_disk(self, table: CandidateTable, tiers: Mapping[str, Tiers]) -> Ints:
