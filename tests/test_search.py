@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -263,6 +264,17 @@ def test_the_search_comes_within_5_percent_of_the_best(
         gaps.append(found.seconds / best)
     assert max(gaps) <= 1.05, gaps
     assert min(gaps) >= 1 - 1e-9, gaps
+
+
+@pytest.mark.parametrize("backend", [BACKEND, OVERLAPPING], ids=["at once", "overlapping"])
+@pytest.mark.parametrize("name", NETS)
+def test_without_a_ceiling_it_finds_what_it_finds_below_a_high_one(name: str, backend: Backend) -> None:
+    def choice(budget: int | None) -> tuple[Any, ...]:
+        found = found_by(searching(name, budget, CPU, backend))
+        tiles = [tiling.tiled.num_tiles for tiling in found.tilings]
+        return found.policies, found.reuses_blocks, found.overlaps, found.seconds, found.nbytes, tiles
+
+    assert choice(None) == choice(2**60)
 
 
 def test_a_map_is_computed_again_where_the_disk_is_slow() -> None:

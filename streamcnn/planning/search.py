@@ -52,6 +52,8 @@ _RECOMPUTED_BACKWARD = 4
 """Passes over a map's operators that recomputing it adds at least, if its readers differentiate them too."""
 _NO_LIMIT = 2**62
 """More reusable bytes than any step has."""
+_WITHOUT_CEILING = (Policy.KEEP, Policy.DROP, Policy.RECOMPUTE)
+"""Policies that may be the fastest where memory has room for every map: moving one saves no time."""
 _TABLES = 16
 """Tables that are cached, as the search alternates between a staging and one with a stored map less."""
 
@@ -131,6 +133,8 @@ class Search:
         """Bytes that may be on disk at one time; None for any number."""
         self._ways = (False,) if tilings.backend.keeps_blocks else (True, False)
         """Values to try for whether freed blocks are kept for reuse."""
+        self._policies = tuple(Policy) if budget is not None else _WITHOUT_CEILING
+        """Policies to try for a map."""
         kinds = (Kind.GATHER, Kind.RESULT)
         self._gathers = [node for node in self.program.nodes.values() if node.kind in kinds]
         self._results = frozenset(self.program.results.values())
@@ -173,7 +177,8 @@ class Search:
             for moved in (*((name,) for name in names), *(combinations(names, 2) if thorough else ())):
                 if looked.get(moved) is not found:
                     looked[moved] = found
-                    found = min((found, *self.moved(found, moved, thorough=thorough)), key=lambda c: c.rank)
+                    changed = self.moved(found, moved, thorough=thorough, policies=self._policies)
+                    found = min((found, *changed), key=lambda c: c.rank)
             gained = before.seconds - found.seconds
             if found is before or (not thorough and gained < _LEAST_ROUND * found.seconds):
                 break
@@ -257,6 +262,10 @@ class Search:
 
     def _offloading(self, staging: Staging) -> Iterator[Solution]:
         """Solutions of a staging that offload maps in the order of their cost per byte."""
+        if self.budget is None:
+            # Memory has room for every map: moving one saves no time.
+            yield from (self.solution(staging, Policies(), reuses_blocks=each) for each in self._ways)
+            return
         order = self._offload_order(staging)
         yield self.solution(staging, Policies(), reuses_blocks=True)
         for gradients in (True, False):
