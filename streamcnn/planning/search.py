@@ -52,6 +52,8 @@ _RECOMPUTED_BACKWARD = 4
 """Passes over a map's operators that recomputing it adds at least, if its readers differentiate them too."""
 _NO_LIMIT = 2**62
 """More reusable bytes than any step has."""
+_SOLUTIONS = 256
+"""Solutions of programs with few stored maps that are cached, as moves of pairs of maps meet them again."""
 _WITHOUT_CEILING = (Policy.KEEP, Policy.DROP, Policy.RECOMPUTE)
 """Policies that may be the fastest where memory has room for every map: moving one saves no time."""
 _TABLES = 16
@@ -143,6 +145,7 @@ class Search:
         self._rows: dict[Stage, StageRow] = {}
         self._stagings = Recent[tuple[Staging, frozenset[str], frozenset[str]], Staging](_TABLES)
         self._tables = Recent[Staging, CandidateTable](_TABLES)
+        self._solutions = Recent[tuple[Staging, Policies, bool], Solution](_SOLUTIONS)
 
     def best(self, stagings: Iterable[Staging]) -> Solution:
         """The best of the solutions that only offload, over all stagings."""
@@ -202,7 +205,15 @@ class Search:
             if all(self._is_possible(found, n, policy, thorough) for n, policy in moves.items()):
                 several = thorough and not changed.offloaded
                 for reuses_blocks in self._ways if several else (found.reuses_blocks,):
-                    yield self.solution(found.base, changed, reuses_blocks=reuses_blocks)
+                    yield self._known_or_new(found.base, changed, reuses_blocks)
+
+    def _known_or_new(self, base: Staging, policies: Policies, reuses_blocks: bool) -> Solution:
+        def make() -> Solution:
+            return self.solution(base, policies, reuses_blocks=reuses_blocks)
+
+        if len(base.stored) > THOROUGH:
+            return make()
+        return self._solutions.get((base, policies, reuses_blocks), make)
 
     def _is_possible(self, found: Solution, name: str, policy: Policy, thorough: bool) -> bool:
         """Whether a map may have a policy and, unless ``thorough``, whether that may save time."""
