@@ -17,6 +17,8 @@ from streamcnn.planning.staging import Staging
 
 RUN_TIME = "reserved for the run time"
 """Name of the term for bytes that the first pass takes beside tensors, such as library code."""
+_MOST_KEPT = 2**10
+"""Results of `GlobalBytes.kept` that are cached, some kilobytes each."""
 LOSS_COPIES = 3
 """Tensors as large as the outputs that the user holds in backward: they, a value of the loss, a gradient."""
 
@@ -62,10 +64,18 @@ class GlobalBytes:
             np.array(each, np.int64)
             for each in zip(*((level, step.nbytes) for level, step in self.steps.items()), strict=True)
         )
+        self._kept: dict[bytes, HeldBytes] = {}
+        """By numbers of kernels: what :meth:`kept` returns, as most choices of tiles have one of few."""
 
     def kept(self, num_kernels: Ints) -> HeldBytes:
         """Bytes that the backend keeps, given the number of different convolutions in each level's phase."""
-        return self.backend.kept(self.num_kernels + num_kernels, training=bool(self.differentiated))
+        key = num_kernels.tobytes()
+        if key not in self._kept:
+            if len(self._kept) >= _MOST_KEPT:
+                self._kept.clear()
+            num_all = self.num_kernels + num_kernels
+            self._kept[key] = self.backend.kept(num_all, training=bool(self.differentiated))
+        return self._kept[key]
 
     def _held(self, program: Program, staging: Staging, staying: Ints, arriving: Ints) -> HeldBytes:
         """Bytes held beside steps.
