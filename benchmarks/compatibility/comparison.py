@@ -124,7 +124,9 @@ def outcome_of(case: Case, *, streamed: bool) -> Outcome:
     record("net", net)
     record("world", world)
     outcome.values = record.values
-    outcome.unable = _unable(net) | ({f"{key} of the model": why for key, why in _unable(model).items()})
+    outcome.unable = _unable(net)
+    if model is not net:
+        outcome.unable |= {f"{key} of the model": why for key, why in _unable(model).items()}
     return outcome
 
 
