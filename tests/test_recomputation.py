@@ -3,6 +3,7 @@ their stores in the backward pass."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from unittest.mock import patch
 
 import pytest
@@ -11,12 +12,13 @@ from helpers import assert_streamed_equals_plain, randomized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_random_networks import Step, assert_streams, networks, patient, tiles
-from test_zoo import NETS
 from torch import nn
 
+from benchmarks.networks import UNet
 from streamcnn import StreamingModel
 from streamcnn.planning.policies import Policies
 from streamcnn.planning.search import Search, Solution
+from streamcnn.support.models import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 
@@ -40,6 +42,13 @@ class EveryOther:
         )
         self.count += len(recomputed) + len(solution.rematerialised)
         return solution
+
+
+NETS: dict[str, Callable[[], nn.Module]] = {
+    # Of few channels: which maps are stored and recomputed does not depend on their number.
+    "resnet18": lambda: load_model("resnet18", num_classes=5, channels=(8, 12, 16, 24)),
+    "unet": lambda: UNet(6),
+}
 
 
 @pytest.mark.parametrize(
