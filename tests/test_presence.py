@@ -186,6 +186,46 @@ def test_a_method_of_a_helper_that_is_replaced_is_seen(
     torch.testing.assert_close(model(image), image)
 
 
+class Kind(type):
+    """A metaclass, whose attributes and methods its classes have."""
+
+    scale = 1.0
+
+    def factor(cls) -> float:
+        return 1.0
+
+
+class OfKind(metaclass=Kind):
+    pass
+
+
+KIND: dict[str, tuple[Callable[[Any], float], Any]] = {
+    "scale": (lambda kind: kind.scale, 3.0),
+    "factor": (lambda kind: kind.factor(), lambda cls: 3.0),
+    "__getattr__": (lambda kind: getattr(kind, "other", 1.0), lambda cls, name: 3.0),
+}
+
+
+@pytest.mark.parametrize("name", KIND)
+@pytest.mark.parametrize("of_module", [True, False])
+def test_what_a_metaclass_has_is_seen_when_it_changes(
+    name: str, of_module: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, replacement = KIND[name]
+
+    class Scaled(nn.Module, metaclass=Kind):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * read(type(self) if of_module else OfKind)
+
+    model = StreamingModel(Scaled(), tile=16)
+    image = torch.rand(1, 3, 29, 37)
+    torch.testing.assert_close(model(image), image)
+    monkeypatch.setattr(Kind, name, replacement, raising=False)
+    torch.testing.assert_close(model(image), 3 * image)
+    monkeypatch.undo()
+    torch.testing.assert_close(model(image), image)
+
+
 def test_a_hook_of_all_modules_is_seen_when_it_comes_and_goes() -> None:
     def doubled(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         return 2 * output if isinstance(module, nn.Conv2d) else None

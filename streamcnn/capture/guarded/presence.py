@@ -3,15 +3,15 @@
 Dynamo guards what it finds. Where code looks for something that is absent (``"scale" in vars(self)``,
 ``hasattr`` of a module or function, ``except AttributeError``, ``if self.options``), it often adds no guard,
 and a capture would still be used once the thing is there. Dynamo reads methods from an object's class without
-a guard, and ignores that the order of an ``OrderedDict`` may change. So everything that Dynamo reads under a
-name gets one more guard.
+a guard, and whatever a metaclass has, and ignores that the order of an ``OrderedDict`` may change. So
+everything that Dynamo reads under a name gets one more guard.
 """
 
 from __future__ import annotations
 
 import types
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -100,9 +100,13 @@ def _methods(value: Any) -> tuple[Any, ...]:
 
 
 def _members(kind: type) -> tuple[Any, ...]:
-    """Methods and properties of a class and its bases."""
-    members = chain.from_iterable(vars(base).values() for base in kind.__mro__ if is_made(base))
-    return tuple(member for member in members if hasattr(type(member), "__get__"))
+    """Methods and properties of a class and its bases, and all that their metaclass has."""
+    own, of_metaclass = (_in_classes(each.__mro__) for each in (kind, type(kind)))
+    return (*(member for member in own if hasattr(type(member), "__get__")), *of_metaclass)
+
+
+def _in_classes(kinds: Iterable[type]) -> Iterator[Any]:
+    return chain.from_iterable(vars(kind).values() for kind in kinds if is_made(kind))
 
 
 def _limit(value: deque[Any]) -> int | None:
