@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.utils import _pytree as pytree
 
 from streamcnn.capture.replacing import replaced_here
 from streamcnn.capture.unguarded.whole_calls import called_whole
@@ -86,6 +87,18 @@ def observers_blind(forget: Callable[[Exception], None]) -> AbstractContextManag
     return replaced_here(observer, _ASKED, check)
 
 
+def _tensor(function: Callable[..., Tensor], data: Any, **kwargs: Any) -> Tensor:
+    """``torch.tensor`` or ``torch.as_tensor``, which take the values of tensors in a list one by one."""
+    if not isinstance(data, Tensor) and any(isinstance(each, Tensor) for each in pytree.tree_leaves(data)):
+        joined: Tensor = torch._refs.tensor(data, **kwargs)  # type: ignore[no-untyped-call]
+        return joined
+    return function(data, **kwargs)
+
+
+def _new_tensor(like: Tensor, data: Any, **kwargs: Any) -> Tensor:
+    return _tensor(like.new_tensor, data, **{"dtype": like.dtype, "device": like.device, **kwargs})
+
+
 def _ctc_loss(function: Callable[..., Tensor], log_probs: Tensor, *args: Any, **kwargs: Any) -> Any:
     """A CTC loss, recorded as one call, since its computation depends on lengths that only the pass knows."""
     given = inspect.signature(F.ctc_loss).bind(log_probs, *args, **kwargs).arguments
@@ -103,6 +116,9 @@ BLIND: Mapping[Any, Callable[..., Any]] = MappingProxyType(
         Tensor.cov: cov,
         torch.corrcoef: corrcoef,
         Tensor.corrcoef: corrcoef,
+        torch.tensor: partial(_tensor, torch.tensor),
+        torch.as_tensor: partial(_tensor, torch.as_tensor),
+        Tensor.new_tensor: _new_tensor,
         torch.ctc_loss: partial(_ctc_loss, torch.ctc_loss),
         F.ctc_loss: partial(_ctc_loss, F.ctc_loss),
     }

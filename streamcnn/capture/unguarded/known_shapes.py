@@ -52,6 +52,8 @@ class KnownShapes:
         """
         if function is Tensor.__getitem__:
             return self._indexed(*args, **kwargs)
+        if function is torch.combinations:
+            return self._combined(*args, **kwargs)
         if function in _SELECT:
             return self._selected(*args, **kwargs)
         if function in _REPEAT:
@@ -79,15 +81,15 @@ class KnownShapes:
                 raise error from None
 
     def _numbered(self, value: Any) -> Any:
-        """``value`` with scalar tensors replaced by numbers where their values are known."""
+        """``value`` with tensors of up to one axis replaced by numbers where their values are known."""
         if isinstance(value, slice):
             return slice(*map(self._numbered, (value.start, value.stop, value.step)))
         if type(value) in (tuple, list):
             return type(value)(map(self._numbered, value))
-        if not isinstance(value, Tensor) or value.dim():
+        if not isinstance(value, Tensor) or value.dim() > 1:
             return value
         known = self.values_of(value)
-        return value if known is None else _beside_the_trace(known.item)
+        return value if known is None else _beside_the_trace(known.tolist)
 
     def _indexed(self, x: Tensor, index: Any) -> Any:
         """``x[index]``, with masks replaced by the indices that they pick."""
@@ -114,6 +116,13 @@ class KnownShapes:
         shape = torch.broadcast_shapes(input.shape, values.shape)  # type: ignore[no-untyped-call]
         mask = _beside_the_trace(values.expand, shape)
         return input.expand(shape)[tuple(self._places(mask, input.device))]
+
+    def _combined(self, input: Tensor, r: int = 2, with_replacement: bool = False) -> Tensor:
+        """``torch.combinations``, which by itself picks them by a mask."""
+        places = self._constants(
+            lambda: torch.combinations(torch.arange(input.shape[0], device=input.device), r, with_replacement)
+        )
+        return input[places]
 
     def _repeated(
         self, input: Tensor, repeats: Any = None, dim: int | None = None, *, output_size: int | None = None

@@ -48,9 +48,11 @@ _PLAIN = (Tensor, nn.Parameter)
 _COPIES = frozenset(
     getattr(Tensor, name) for name in ("item", "tolist", "__bool__", "__float__", "__index__", "__int__")
 )
-_ASKED = _COPIES | {
-    getattr(place, name) for place in (torch, Tensor) for name in ("equal", "allclose", "is_nonzero")
-}
+_ASKED = (
+    _COPIES
+    | {getattr(place, name) for place in (torch, Tensor) for name in ("equal", "allclose", "is_nonzero")}
+    | {getattr(Tensor, name) for name in ("__complex__", "__contains__", "__format__", "__repr__")}
+)
 """Functions that return to Python what they find in values."""
 _READS = _COPIES | {getattr(Tensor, name) for name in ("numpy", "__array__")}
 """Methods that return a tensor's values to Python; the last two share its memory."""
