@@ -51,8 +51,40 @@ def _elsewhere(x: Tensor) -> Tensor:
     return x * x.to("meta").shape[2]
 
 
+def _by_its_entries(x: Tensor) -> Tensor:
+    limits = torch.tensor([1.0, 3.0])
+    return x * len(f"{limits[1]:.1f} {limits}") * complex(limits[1]).real * (2 if 3.0 in limits else 5)
+
+
+def _joined(x: Tensor) -> Tensor:
+    means = [x.mean().detach(), x[0].mean().detach()]
+    joined = torch.tensor([means, [1.0, 2.0]]).sum() + torch.as_tensor(means).sum()
+    return x * (joined + x.new_tensor(means, dtype=torch.float64).sum().to(x.dtype))
+
+
+def _combined(x: Tensor) -> Tensor:
+    v = x.mean((2, 3))[0]
+    return x * (torch.combinations(v).prod(1).sum() + torch.combinations(v, 3, True).sum())
+
+
+def _split_by_a_tensor(x: Tensor) -> Tensor:
+    return torch.cat(x.tensor_split(torch.tensor([1, 3]), 1)[::-1], 1)
+
+
+_LIKE_PLAIN = [
+    _as_plain,
+    _by_its_gradient,
+    _by_whether_it_is_a_leaf,
+    _elsewhere,
+    _by_its_entries,
+    _joined,
+    _combined,
+    _split_by_a_tensor,
+]
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("body", [_as_plain, _by_its_gradient, _by_whether_it_is_a_leaf, _elsewhere])
+@pytest.mark.parametrize("body", _LIKE_PLAIN)
 @pytest.mark.parametrize("unguarded", [False, True])
 def test_as_in_plain_pytorch(body: Body, unguarded: bool) -> None:
     def run(x: Tensor) -> Tensor:
@@ -84,10 +116,38 @@ def _formatted(x: Tensor) -> Tensor:
     return x
 
 
+def _stored(x: Tensor) -> Tensor:
+    x.detach().untyped_storage().fill_(0)
+    return x
+
+
+def _packed(x: Tensor) -> Tensor:
+    sequences = nn.utils.rnn.pack_padded_sequence(x.mean(2), torch.tensor([4, 2]), batch_first=True)
+    return x * sequences.data.sum()
+
+
+_STORAGE = r"the memory of a tensor \(storage\(\), untyped_storage\(\)\)"
+
+
 REFUSED: dict[str, tuple[Body, str]] = {
     "copy": (copy.copy, r"copy\.copy\(\) or pickles a tensor, which has no values yet: use x\.clone\(\)"),
     "pickle": (lambda x: pickle.loads(pickle.dumps(x)), r"pickles a tensor"),
     "share_memory_": (lambda x: x.share_memory_(), r"share_memory_\(\) on a tensor that has no memory"),
+    "is_set_to": (lambda x: x * x.is_set_to(x), r"is_set_to\(\) on a tensor that has no memory"),
+    "apply_": (lambda x: x * x.detach().clone().apply_(abs), r"apply_\(\), .* values of a tensor one by one"),
+    "map_": (lambda x: x * torch.ones(2).map_(torch.ones(2), max).sum(), r"map_\(\), .* one by one"),
+    "from_dlpack": (lambda x: x * torch.from_dlpack(x.detach()), r"__dlpack__\(\) .* to another library"),
+    "a storage is read": (lambda x: x * x.detach().untyped_storage()[0], _STORAGE),
+    "a storage is written": (_stored, _STORAGE),
+    "lstsq": (
+        lambda x: x * torch.linalg.lstsq(x[0, 0], x[0, 0]).solution.sum(),
+        r"calls linalg_lstsq, and values decide .* Multiply by torch\.linalg\.pinv",
+    ),
+    "pack_padded_sequence": (_packed, r"calls _pack_padded_sequence, .* Keep the sequences padded"),
+    "as_nested_tensor": (
+        lambda x: x * torch.nested.as_nested_tensor([x[0], x[1]], layout=torch.jagged).values().sum(),
+        "makes a nested tensor: pad what differs in length",
+    ),
     "register_multi_grad_hook": (_hooked, r"register_multi_grad_hook\(\), .* set a hook on each tensor"),
     "as_subclass": (_named, r"it makes a tensor of class Named, .* use tensors of torch\.Tensor within it"),
     "numpy": (_through_numpy, "values to NumPy.* convert it outside of the model"),

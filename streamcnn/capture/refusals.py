@@ -29,18 +29,30 @@ _CHOOSES = (
     "Weigh values by the mask instead of choosing them, as in (loss * mask).sum() / mask.sum(), or return "
     "what is chosen from, and choose outside of the model"
 )
+_SIZES = {
+    "_pack_padded_sequence": (
+        "Keep the sequences padded and weigh what comes out by a mask, or pack them outside of the model"
+    ),
+    "linalg_lstsq": "Multiply by torch.linalg.pinv(A), or solve the normal equations by torch.linalg.solve",
+}
+"""What to do instead of functions whose results have sizes that values decide, by the operator."""
 _CONVERTS = "Return the tensor, and convert it outside of the model; convert an argument before the call"
 _READS_VALUE = "it reads a value of a tensor (.item(), float(), bool(), an f-string, an if or a loop)"
 _NO_RESULT = "argument of type:"
 """How ``torch.fx`` begins to say that it knows no results of some class."""
 _NUMPY = ".numpy() is not supported for tensor subclasses"
 _FORMAT = "unsupported format string passed to FakeTensor"
+_UNALLOCATED = "The tensor has a non-zero number of elements, but its data is not allocated yet"
+_NO_STORAGE = ("Not available for 'meta' device type", "argument of type: <class 'torch.storage.")
+"""How PyTorch begins to say that a tensor without values has no memory."""
 _MOVED = "_apply(): Couldn't swap "
 """How PyTorch says that tensors without values have no numbers, cannot be printed or be moved."""
 _SUBCLASS = "Creating a new Tensor subclass "
 """How PyTorch begins to say that a tensor without values cannot be of another class."""
 _FUNCTIONAL = "torch/_functorch/"
 """Where the transforms of ``torch.func`` are."""
+_NESTED = "torch/nested/"
+"""Where nested tensors are."""
 _OBSERVER = "ObserverBase"
 """What observers' classes derive from, in ``torch.ao``, which PyTorch is to lose, and in torchao."""
 _CHANNELS: dict[type[nn.Module], str] = {
@@ -141,6 +153,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, DataDependentOutputException):
         return _READS_VALUE
     if isinstance(error, DynamicOutputShapeException):
+        if _operator_of(error) in _SIZES:
+            return f"it calls {_operator_of(error)}, and values decide the sizes of what that gives"
         return "a shape depends on values (a boolean mask as an index, nonzero, unique)"
     said = first_line(error).rstrip(".")
     if is_of_script(error):
@@ -152,8 +166,10 @@ def _reason(error: Exception) -> str:
             "it gives a tensor's values to NumPy, and the image, maps beside it and what is computed from "
             "them have none yet"
         )
-    if _FORMAT in said:
+    if _FORMAT in said or said.startswith(_UNALLOCATED):
         return _READS_VALUE
+    if said.startswith(_NO_STORAGE):
+        return "it reads or writes the memory of a tensor (storage(), untyped_storage()), which has none yet"
     if said.startswith(_MOVED):
         return "it makes or moves layers with parameters (Module.to): do so outside of the forward pass"
     if said.startswith(_SUBCLASS):
@@ -166,7 +182,9 @@ def _reason(error: Exception) -> str:
             f"it returns an object of {said.removeprefix(_NO_RESULT).strip()}, and holds code that can only "
             "be captured without values: return tensors in tuples, lists, dicts or dataclasses"
         )
-    if any(_FUNCTIONAL in frame.filename for frame in traceback.extract_tb(error.__traceback__)):
+    if _passes_through(error, _NESTED):
+        return "it makes a nested tensor: pad what differs in length, and weigh it by a mask"
+    if _passes_through(error, _FUNCTIONAL):
         return (
             "it uses a transform of torch.func (vmap, grad, jvp), and holds code that can only be captured "
             f"without values ({said})"
@@ -177,8 +195,18 @@ def _reason(error: Exception) -> str:
 def _advice(error: Exception) -> str:
     """The remedy, as text: what is allowed, or what to do instead."""
     if isinstance(error, DynamicOutputShapeException):
-        return _CHOOSES
+        return _SIZES.get(_operator_of(error), _CHOOSES)
     return _CONVERTS if _NUMPY in first_line(error) else _ALLOWED
+
+
+def _passes_through(error: Exception, folder: str) -> bool:
+    """Whether code in ``folder`` was running when an error was raised."""
+    return any(folder in frame.filename for frame in traceback.extract_tb(error.__traceback__))
+
+
+def _operator_of(error: DynamicOutputShapeException) -> str:
+    """The name of the operator whose result has a size that values decide."""
+    return str(error.func._schema.name).rpartition("::")[2]
 
 
 def is_of_script(error: Exception) -> bool:

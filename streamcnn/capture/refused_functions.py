@@ -24,6 +24,14 @@ _PIECES = (
     "{name}() of a sparse tensor, and how many values that holds is not known yet: work it out outside of "
     "the forward pass, and keep indices and values as buffers"
 )
+_ONE_BY_ONE = (
+    "{name}(), which gives a Python function the values of a tensor one by one, and there are none yet: use "
+    "operators, or call it outside of the forward pass"
+)
+_EXPORT = (
+    "{name}() and so hands the memory of a tensor to another library, and it has none yet: return the "
+    "tensor, and hand it on outside of the forward pass"
+)
 _SPARSE = ("_nnz", "_indices", "_values", "indices", "values", "crow_indices", "col_indices")
 SPARSE_PIECES = frozenset(_SPARSE[1:])
 """Operators that give the parts of a sparse tensor, whose sizes its values decide."""
@@ -34,6 +42,9 @@ _REFUSED: Mapping[Callable[..., Any], str] = MappingProxyType(
         Tensor.register_post_accumulate_grad_hook: _GRADIENT,
         Tensor.__reduce_ex__: _COPY,
         Tensor.share_memory_: _MEMORY,
+        Tensor.is_set_to: _MEMORY,
+        Tensor.__dlpack__: _EXPORT,
+        **dict.fromkeys((Tensor.apply_, Tensor.map_, Tensor.map2_), _ONE_BY_ONE),
         **{getattr(Tensor, name): _PIECES for name in (*_SPARSE, "ccol_indices", "row_indices")},
     }
 )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as module_hooks
 
+from streamcnn.capture.lines import shortened
 from streamcnn.capture.scripts import ScriptedAttributes
 from streamcnn.capture.unguarded.contents import Contents, HostRandom, put_back
 from streamcnn.errors import UnsupportedModel
@@ -224,7 +225,7 @@ def _holder_of(tensor: Tensor) -> str:
         if isinstance(holder, dict):
             keys = [key for key, value in holder.items() if value is tensor]
             if keys:
-                return f"a dict, under {keys[0]!r}"
+                return f"a dict, under {shortened(' '.join(repr(keys[0]).split()))}"
         if isinstance(holder, (list, tuple, set)):
             return f"a {type(holder).__name__} outside the model"
     return "an object outside the model (a hook, a closure or a global)"
