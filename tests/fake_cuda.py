@@ -63,7 +63,8 @@ class FakeCuda:
     def allocate(self, nbytes: int) -> None:
         """Allocate a tensor by PyTorch's allocator."""
         fresh = max(0, nbytes - self.cached)
-        if self.live + self.cached + fresh > self.fraction * self.total:
+        allowed = min(self.fraction * self.total, self.total - self.overhead - self.others)
+        if self.live + self.cached + fresh > allowed:
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {nbytes} bytes")
         self.cached -= min(self.cached, nbytes)
         self.live += nbytes

@@ -18,6 +18,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import Any, cast
@@ -88,9 +90,11 @@ def library() -> ctypes.CDLL:
         "register": 2,
         "unregister": 1,
         "set_total": 1,
+        "set_beside": 1,
     }.items():
         getattr(loaded, f"card_{name}").argtypes = [ctypes.c_int64] * count
     loaded.card_set_total(TOTAL)
+    loaded.card_set_beside(CONTEXT)
     return loaded
 
 
@@ -234,6 +238,30 @@ _properties = SimpleNamespace(
 )
 
 
+class _Others:
+    nbytes = 0
+
+
+@contextmanager
+def held_by_others(nbytes: int) -> Iterator[None]:
+    """Have other processes hold ``nbytes`` of the card."""
+
+    def hold(nbytes: int) -> None:
+        _Others.nbytes = nbytes
+        library().card_set_beside(CONTEXT + nbytes)
+
+    hold(nbytes)
+    try:
+        yield
+    finally:
+        hold(0)
+
+
+def _memory(device: Any = None) -> tuple[int, int]:
+    """Bytes that are free, and all."""
+    return TOTAL - CONTEXT - _Others.nbytes - statistics().reserved, TOTAL
+
+
 class _Fraction:
     value = 1.0
 
@@ -288,7 +316,7 @@ def install() -> None:
         "get_device_name": lambda device=None: _properties.name,
         "get_device_capability": lambda device=None: (9, 0),
         "is_bf16_supported": lambda including_emulation=True: True,
-        "mem_get_info": lambda device=None: (TOTAL - CONTEXT - statistics().reserved, TOTAL),
+        "mem_get_info": _memory,
         "memory_stats_as_nested_dict": _nested,
         "memory_allocated": stats_of("allocated"),
         "max_memory_allocated": stats_of("allocated_peak"),
@@ -408,5 +436,5 @@ class _Nvml(FakeNvml):
     def _enter(self, name: str) -> None:
         used = CONTEXT + statistics().reserved
         (card,) = self.devices
-        card.used, card.processes = used, [Process(os.getpid(), used)]
+        card.used, card.processes = used + _Others.nbytes, [Process(os.getpid(), used)]
         super()._enter(name)

@@ -148,6 +148,7 @@ struct Statistics {
 } statistics;
 double fraction = 1.0;
 int64_t total_bytes = int64_t{16} << 30;
+int64_t beside_bytes = 0;  // what the context and other processes hold
 
 void open(Pool& pool) {
   if (pool.base) return;
@@ -194,7 +195,7 @@ void* taken(size_t asked) {
       }
   TORCH_CHECK(offset != SIZE_MAX, "the emulated card has no gap of ", nbytes, " bytes");
   auto fresh = missing(pool, offset, nbytes);
-  auto most = static_cast<int64_t>(fraction * static_cast<double>(total_bytes));
+  auto most = std::min(static_cast<int64_t>(fraction * static_cast<double>(total_bytes)), total_bytes - beside_bytes);
   for (int attempt = 0; statistics.reserved + static_cast<int64_t>(fresh.size() * pool.page) > most; ++attempt) {
     if (attempt == 1) {
       ++statistics.num_refusals;
@@ -660,6 +661,11 @@ void card_set_fraction(double value) {
 void card_set_total(int64_t nbytes) {
   Guard guard(mutex);
   total_bytes = nbytes;
+}
+
+void card_set_beside(int64_t nbytes) {
+  Guard guard(mutex);
+  beside_bytes = nbytes;
 }
 
 void card_empty_cache() {
