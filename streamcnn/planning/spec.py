@@ -28,7 +28,7 @@ class PassSpec:
     tile: tuple[int, int] | None = None
     """Extents (h, w) of a tile in input pixels; None leaves them to the planner."""
     target: int | None = None
-    """Bytes to plan for instead of the budget; None for the budget."""
+    """Bytes that the plan may take beside the machine's reserved ones, if the budget allows more."""
     tail: bool = True
     """Whether the last operators may run on whole maps, as a resident tail."""
     keeps_results: bool = False
@@ -42,9 +42,9 @@ class PassSpec:
         return self.casts or self.dtype
 
     def room(self, reserved: int) -> int | None:
-        """Bytes that the plan may take beside ``reserved`` bytes."""
-        allowed = self.budget if self.target is None else self.target
-        return None if allowed is None else allowed - reserved
+        """Bytes that the plan may take beside ``reserved`` bytes; None for any number."""
+        within = None if self.budget is None else self.budget - reserved
+        return min((nbytes for nbytes in (within, self.target) if nbytes is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True)

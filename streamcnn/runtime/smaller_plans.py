@@ -16,7 +16,7 @@ from streamcnn.runtime.plan_cache import Captured, PlanCache, Planned
 SMALLEST_TILE = 32
 """Edge of the smallest tile in pixels; below it, halos are nearly all of the work."""
 _LESS_PERCENT = (75, 85, 93)
-"""Targets of plans that are tried after a refusal, in percent of the refused plan's projected bytes."""
+"""Targets of plans that are tried after a refusal, in percent of what the refused plan would allocate."""
 
 
 class SmallerPlans:
@@ -40,11 +40,12 @@ class SmallerPlans:
 
     def __call__(self, plan: Plan) -> Planned | None:
         """The next smaller plan after ``plan``; None if there is none."""
-        for smaller in _smaller_specs(self._spec, plan):
+        reserved = self._machine.reserved
+        for smaller in _smaller_specs(self._spec, plan, reserved):
             with torch.set_grad_enabled(self._grad), autocast(self._captured.device, self._spec.casts):
                 found = self._plans.plan(self._captured, smaller, self._machine)
-            allowed = smaller.target or smaller.budget
-            if allowed is None or found.plan.projected_bytes <= allowed:
+            room = smaller.room(reserved)
+            if room is None or found.plan.projected_bytes <= reserved + room:
                 self._found = smaller
                 return found
         return None
@@ -55,11 +56,11 @@ class SmallerPlans:
             self._kept[self._captured.settings, self._spec] = self._found
 
 
-def _smaller_specs(spec: PassSpec, plan: Plan) -> Iterator[PassSpec]:
-    """Specs to plan for after ``plan`` was refused memory: for less memory, or for tiles of half its size."""
-    if spec.tile is None and spec.budget is not None:
+def _smaller_specs(spec: PassSpec, plan: Plan, reserved: int) -> Iterator[PassSpec]:
+    """Specs to plan for after ``plan`` was refused memory: for less of it, or for half the tile asked for."""
+    if spec.tile is None:
         for percent in _LESS_PERCENT:
-            yield replace(spec, target=plan.projected_bytes * percent // 100)
+            yield replace(spec, target=(plan.projected_bytes - reserved) * percent // 100)
     elif (tile := _halved(plan.tile)) is not None:
         yield replace(spec, tile=tile)
 
