@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import emulated_card
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +29,30 @@ def make_net() -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(6, 3),
     )
+
+
+HOLDER = """
+import sys, torch
+free, _ = torch.cuda.mem_get_info()
+held = torch.empty(free - int(sys.argv[1]), dtype=torch.uint8, device="cuda")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def others_leave(nbytes: int) -> Iterator[None]:
+    """Have another process leave ``nbytes`` of the card free."""
+    if emulated_card.is_wanted():
+        with emulated_card.held_by_others(torch.cuda.mem_get_info(GPU)[0] - nbytes):
+            yield
+        return
+    program = [sys.executable, "-c", HOLDER, str(nbytes)]
+    # At the end its input is closed.
+    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        yield
 
 
 def update(model: nn.Module, image: Tensor) -> dict[str, Tensor]:

@@ -119,6 +119,37 @@ class TestOverhead:
         assert CudaCeiling(gauge).reserved_bytes() == reserved
 
 
+class TestRoom:
+    def test_is_what_the_process_holds_and_what_is_free(self) -> None:
+        fake, gauge = make_card(others=30 * GB)
+        fake.allocate(5 * GB)
+        fake.free(2 * GB)
+        room = CudaCeiling(gauge).room
+        assert (room.nbytes, room.limit, room.used) == (50 * GB, 80 * GB, 30 * GB)
+        assert str(room).startswith(
+            "the memory of cuda:0 is 74.5 GiB, of which 27.9 GiB are in use by other processes or kept back "
+            "by set_per_process_memory_fraction, so that 46.6 GiB can be had: end other processes on the card"
+        )
+
+    def test_holds_the_users_own_cap_on_the_allocator(self) -> None:
+        fake, gauge = make_card()
+        fake.fraction = 0.25
+        assert CudaCeiling(gauge).room.nbytes == 20 * GB + CONTEXT
+        # Not that of a pass on another thread.
+        with CudaLimit(gauge, BUDGET):
+            assert CudaCeiling(gauge).room.nbytes == 20 * GB + CONTEXT
+
+    def test_leaves_the_same_to_a_plan_without_nvml(self) -> None:
+        fake, gauge = make_blind(others=30 * GB)
+        fake.allocate(5 * GB)
+        room = CudaCeiling(gauge).room
+        assert room.nbytes - gauge.overhead().nbytes == 50 * GB - CONTEXT
+
+    def test_is_no_more_than_the_card_where_the_overhead_is_assumed(self) -> None:
+        _, gauge = make_blind(overhead=0)
+        assert CudaCeiling(gauge).room.nbytes == 80 * GB
+
+
 class TestCap:
     def test_the_allocator_may_hold_the_budget_less_overhead_and_margin(self) -> None:
         fake, gauge = make_card()

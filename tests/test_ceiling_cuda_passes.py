@@ -18,7 +18,7 @@ from streamcnn.ceiling.cuda import MARGIN_BYTES, CudaCeiling, CudaLimit
 from streamcnn.ceiling.gauge import Gauge
 from streamcnn.ceiling.nvml import Nvml
 from streamcnn.ceiling.sampler import INTERVAL
-from streamcnn.runtime import machines, smaller_plans, streamed_pass
+from streamcnn.runtime import machines, passes, smaller_plans, streamed_pass
 
 SHAPE = (1, 3, 300, 280)
 
@@ -74,6 +74,7 @@ class OnCard:
             streamed_pass, "ceiling_for", lambda device, *, counted: CudaCeiling(gauge, interval=interval)
         )
         monkeypatch.setattr(machines, "reserved_bytes", lambda device: CudaCeiling(gauge).reserved_bytes())
+        monkeypatch.setattr(passes, "room_for", lambda device: CudaCeiling(gauge).room)
 
 
 def update(model: StreamingModel) -> dict[str, Tensor]:
@@ -126,6 +127,73 @@ def test_a_budget_that_the_context_leaves_no_room_in_is_refused(monkeypatch: pyt
         update(StreamingModel(make_net(), budget))
     assert fake.fractions == []
     assert fake.peak == 0
+
+
+@pytest.mark.parametrize("budget", [None, 70 * GB])
+def test_a_plan_is_made_for_what_the_card_has(monkeypatch: pytest.MonkeyPatch, budget: int | None) -> None:
+    fake, gauge = make_card()
+    OnCard(monkeypatch, fake, gauge, factor=1)
+    model = StreamingModel(make_net(), budget)
+    wanted = model.plan(SHAPE)
+    assert (wanted.budget, wanted.limited_by) == (budget, "")
+    reserved = CudaCeiling(gauge).reserved_bytes()
+    room = (reserved + 4 * wanted.projected_bytes) // 5
+    fake.others = fake.total - room
+    smaller = model.plan(SHAPE)
+    assert smaller.fits
+    assert smaller.projected_bytes <= smaller.budget <= room < wanted.projected_bytes
+    assert "since the memory of cuda:0 is 74.5 GiB, of which" in smaller.explain()
+    update(model)
+    report = model.last_report
+    assert report is not None
+    assert (report.budget, report.num_retries) == (smaller.budget, 0)
+    fake.others = 0
+    assert model.plan(SHAPE) == wanted
+    fake.others = fake.total - reserved
+    with pytest.raises(PlanDoesNotFit, match="budget= does not help: the memory of cuda:0 is"):
+        update(model)
+
+
+def test_the_card_is_asked_for_its_room_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, gauge = make_card()
+    OnCard(monkeypatch, fake, gauge, factor=1)
+    asked: list[None] = []
+    monkeypatch.setattr(gauge, "within_reach", lambda: (asked.append(None), 80 * GB)[1])
+    model = StreamingModel(make_net(), tile=32)
+    for num_passes in (1, 2):
+        update(model)
+        assert len(asked) == num_passes
+
+
+def test_without_a_budget_refused_memory_leads_to_a_smaller_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = update(StreamingModel(make_net()))
+    fake, gauge = make_card()
+    on_card = OnCard(monkeypatch, fake, gauge, factor=1)
+
+    def emptied() -> None:
+        on_card.leak = fake.cached = fake.others = 0
+        fake.grow(CONTEXT - fake.overhead)
+
+    monkeypatch.setattr(fake, "empty_cache", emptied)
+    model = StreamingModel(make_net())
+    model.resident_tail = False
+    # The driver has nothing left at the third operator.
+    on_card.leak = fake.total // 2
+    found = update(model)
+    report = model.last_report
+    assert report is not None
+    assert (report.budget, report.num_retries, report.num_smaller_plans) == (None, 1, 1)
+    wanted = StreamingModel(make_net())
+    wanted.resident_tail = False
+    # A quarter less beside what is held anyway.
+    reserved = CudaCeiling(gauge).reserved_bytes()
+    taken = report.projected_bytes - reserved
+    assert 0 < taken <= 3 * (wanted.plan(SHAPE).projected_bytes - reserved) // 4
+    # Later passes begin with it, whatever an optimiser has taken since.
+    fake.allocate(10 * GB)
+    assert model.plan(SHAPE).projected_bytes - CudaCeiling(gauge).reserved_bytes() == taken
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9, msg=name)
 
 
 def test_refused_memory_leads_to_smaller_tiles_and_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import pynvml
 import pytest
 import torch
-from gpu_cases import GPU, SHAPE, assert_same, make_net, update
+from gpu_cases import GPU, SHAPE, assert_same, make_net, others_leave, update
 from stores_away import away
 from tile_operators import Evaluate, RefusedOnce, around_operators
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ pytestmark = [
 ]
 
 GB = 10**9
+LARGE = (1, 3, 900, 800)
 
 
 class DevicePeak:
@@ -88,6 +89,12 @@ def refuse(monkeypatch: pytest.MonkeyPatch, budget: int, at: int, *, always: boo
     return refused
 
 
+def held_with(model: StreamingModel, share: float) -> int:
+    """Bytes that the process holds with ``share`` of what the model's plan takes beside what is reserved."""
+    reserved = reserved_bytes(GPU)
+    return reserved + int(share * (model.plan(LARGE, torch.float64).projected_bytes - reserved))
+
+
 # --- the ceiling --------------------------------------------------------------------------------------------
 
 
@@ -136,6 +143,64 @@ def test_when_the_smallest_tiles_are_refused_nothing_has_changed(monkeypatch: py
     assert all(parameter.grad is None for parameter in net.parameters())
     assert torch.equal(torch.get_rng_state(), states[0])
     assert torch.equal(torch.cuda.get_rng_state(GPU), states[1])
+
+
+def test_without_a_budget_a_plan_is_made_for_what_the_card_has() -> None:
+    net = make_net().double().to(GPU)
+    image = torch.randn(LARGE, dtype=torch.float64, device=GPU)
+    expected = update(copy.deepcopy(net), image)
+    model = StreamingModel(net)
+    wanted = model.plan(LARGE, torch.float64)
+    assert not wanted.limited_by
+    room = held_with(model, 0.6)
+    gauge = cuda_ceiling(GPU).gauge
+    torch.cuda.empty_cache()
+    with others_leave(room - gauge.overhead().nbytes - gauge.reserved()):
+        assert "the memory of cuda:0 is" in model.plan(LARGE, torch.float64).limited_by
+        found = update(model, image)
+    report = model.last_report
+    assert report is not None
+    assert report.num_retries == 0
+    assert report.projected_bytes <= (report.budget or 0) < wanted.projected_bytes
+    assert_same(found, expected, 1e-9)
+    later = model.plan(LARGE, torch.float64)
+    assert (later.limited_by, later.phases) == ("", wanted.phases)
+    torch.cuda.empty_cache()
+    with others_leave(0), pytest.raises(PlanDoesNotFit, match="does not help: the memory of cuda:0 is"):
+        model(image)
+
+
+def test_without_a_budget_the_users_own_cap_is_planned_for() -> None:
+    model = StreamingModel(make_net().double().to(GPU))
+    image = torch.randn(LARGE, dtype=torch.float64, device=GPU)
+    room = held_with(model, 0.6)
+    before = torch.cuda.get_per_process_memory_fraction(GPU)
+    gauge = cuda_ceiling(GPU).gauge
+    torch.cuda.set_per_process_memory_fraction((room - gauge.overhead().nbytes) / gauge.total, GPU)
+    try:
+        update(model, image)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, GPU)
+    report = model.last_report
+    assert report is not None
+    assert report.num_retries == 0
+    assert report.projected_bytes <= (report.budget or 0) <= room
+
+
+def test_without_a_budget_refused_memory_leads_to_the_same_result(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    image = torch.randn(SHAPE, dtype=torch.float64, device=GPU)
+    net = make_net().double().to(GPU)
+    expected = update(copy.deepcopy(net), image)
+    refuse(monkeypatch, 2 * cuda_ceiling(GPU).gauge.total, 3)
+    model = StreamingModel(net)
+    model.resident_tail = False
+    found = update(model, image)
+    report = model.last_report
+    assert report is not None
+    assert (report.budget, report.num_retries) == (None, 1)
+    assert_same(found, expected, 1e-9)
 
 
 def test_context_and_libraries_count(device_peak: DevicePeak) -> None:

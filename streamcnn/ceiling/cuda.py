@@ -21,6 +21,7 @@ import torch
 
 from streamcnn.ceiling.gauge import Gauge, Overhead
 from streamcnn.ceiling.nvml import Nvml, Reading
+from streamcnn.ceiling.rooms import Room
 from streamcnn.ceiling.sampler import INTERVAL, Sampler
 from streamcnn.errors import BudgetExceeded
 from streamcnn.support.interrupts import cleaning_up, undoing
@@ -33,6 +34,9 @@ RESERVED_STEP = 2**26
 
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Environment variables with the user's settings of PyTorch's allocator."""
+
+_OTHERS = " by other processes or kept back by set_per_process_memory_fraction"
+_FREE_CARD = "end other processes on the card or raise that fraction"
 
 idle_bytes: dict[str, int] = {}
 """By a device's UUID in NVML: bytes in use before this process had a CUDA context."""
@@ -211,9 +215,14 @@ class CudaCeiling:
         return None
 
     @property
-    def room(self) -> None:
-        """None: limits of the host's memory are not the card's."""
-        return None
+    def room(self) -> Room:
+        """What the card has for this process at present, with what it holds there already.
+
+        What others take of it later is refused by the driver, as what this process takes past it.
+        """
+        total, nbytes = self.gauge.total, self.gauge.within_reach()
+        name = f"the memory of {self.gauge.device}"
+        return Room(nbytes, name, total, total - nbytes, _FREE_CARD, is_enforced=True, users=_OTHERS)
 
     @property
     def counts_code(self) -> bool:

@@ -63,7 +63,7 @@ class Ceiling(Protocol):
 
     @property
     def room(self) -> Room | None:
-        """The room that other limits left when the pass began; None where there are none."""
+        """The room that other limits leave for the pass; None where there are none."""
 
     @property
     def counts_code(self) -> bool:
@@ -114,6 +114,7 @@ class HostCeiling:
         self._baseline = Baseline.now().less(counted)
         self._limit: DataLimit | None = None
         self.room = host_room()
+        """What was left when the pass began."""
 
     @property
     def baseline_bytes(self) -> int | None:
@@ -219,4 +220,6 @@ def reserved_bytes(device: torch.device) -> int:
 
 def room_for(device: torch.device) -> Room | None:
     """The room that other limits leave for a pass on ``device``; None where there are none."""
+    if device.type == "cuda":
+        return cuda_ceiling(device).room
     return host_room() if device.type == "cpu" else None

@@ -82,6 +82,15 @@ class Gauge:
         # A context takes memory: a device that shows none does not report it.
         return Overhead(ASSUMED_OVERHEAD, Source.ALLOCATOR_ASSUMED)
 
+    def within_reach(self) -> int:
+        """Bytes that the process may come to hold: what it holds already and what is free on the device.
+
+        The allocator's part is no more than the user's own cap on it.
+        """
+        free, total = self._cuda.mem_get_info(self.device)
+        allowed = int(self._fractions.own * self.total)
+        return min(int(total), self.overhead().nbytes + min(allowed, self.reserved() + int(free)))
+
     def reserved(self) -> int:
         """Bytes that PyTorch's allocator holds, handed out or cached."""
         return self._statistic("reserved_bytes", "current")
@@ -117,14 +126,14 @@ class Gauge:
         """
         if self.reserved() > nbytes:
             self.empty_cache()
-        self._fractions.put(owner, min(1.0, max(0, nbytes) / self._total))
+        self._fractions.put(owner, min(1.0, max(0, nbytes) / self.total))
 
     def uncap(self, owner: object) -> None:
         """Remove an owner's cap. Doing so again does nothing."""
         self._fractions.drop(owner)
 
     @cached_property
-    def _total(self) -> int:
+    def total(self) -> int:
         """Bytes of which the allocator takes its fraction: the larger of CUDA's two figures, to be safe."""
         return max(
             int(self._cuda.get_device_properties(self.device).total_memory),

@@ -50,7 +50,9 @@ class Room:
     """Bytes of it that are in use and cannot be taken back."""
     advice: str
     is_enforced: bool
-    """Whether the kernel refuses what goes past it, rather than end the process."""
+    """Whether the kernel or a card's driver refuses what goes past it, rather than end the process."""
+    users: str = ""
+    """Who uses ``used``, for an error's text; empty for any process."""
 
     @property
     def rounded(self) -> int:
@@ -59,8 +61,8 @@ class Room:
 
     def __str__(self) -> str:
         return (
-            f"{self.name} is {format_bytes(self.limit)}, of which {format_bytes(self.used)} are in use, so "
-            f"that {format_bytes(self.nbytes)} can be had: {self.advice}"
+            f"{self.name} is {format_bytes(self.limit)}, of which {format_bytes(self.used)} are in use"
+            f"{self.users}, so that {format_bytes(self.nbytes)} can be had: {self.advice}"
         )
 
 

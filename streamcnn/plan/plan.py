@@ -140,8 +140,8 @@ class Plan:
     residents: tuple[str, ...] = ()
     """Operators run on whole maps for want of a rule, with the reason."""
     limited_by: str = field(default="", compare=False)
-    """The limit of the process or its control groups that set ``budget`` below the user's own, and what to do
-    about it; empty where ``budget`` is the user's."""
+    """The limit of the process, its control groups or the card that set ``budget`` below the user's own, and
+    what to do about it; empty where ``budget`` is the user's."""
 
     @property
     def projected_bytes(self) -> int:

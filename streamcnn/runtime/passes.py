@@ -168,20 +168,20 @@ class Passes:
         memory before and succeeded with a smaller plan, the plan is that one.
         """
 
+        room = room_for(captured.device)
+
         def present(spec: PassSpec) -> PassSpec:
             return self._smaller.get((captured.settings, spec), spec)
 
         def within(machine: Machine) -> tuple[Planned, PassSpec, Machine]:
-            return *self._plans.plan_within(
-                captured, spec, machine, room_for(captured.device), present
-            ), machine
+            return *self._plans.plan_within(captured, spec, machine, room, present), machine
 
         fastest = found = within(machine)
         needed = fastest[0].plan.bytes_on(Tier.DISK)
-        if needed and fastest[0].plan.fits and needed > (room := room_on_disk(spares)):
-            for nbytes in dict.fromkeys((rounded_down(room), room)):
+        if needed and fastest[0].plan.fits and needed > (on_disk := room_on_disk(spares)):
+            for nbytes in dict.fromkeys((rounded_down(on_disk), on_disk)):
                 found = within(machine.with_room_on_disk(nbytes))
-                if found[0].plan.bytes_on(Tier.DISK) <= room:
+                if found[0].plan.bytes_on(Tier.DISK) <= on_disk:
                     self._tell_of_little_disk(fastest[0].plan, found[0].plan, nbytes, spares)
                     break
         return found

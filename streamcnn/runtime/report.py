@@ -13,7 +13,8 @@ class Report:
     """Measured bytes and seconds of the last forward pass and its backward pass, if it has run."""
 
     budget: int | None
-    """Bytes allowed, counted as ``measured_bytes``; ``None`` for no ceiling."""
+    """Bytes allowed, by the user or another limit (`Plan.limited_by`), counted as ``measured_bytes``;
+    ``None`` for no ceiling."""
     projected_bytes: int
     measured_bytes: int | None
     """Peak in bytes: on the CPU above what the process held when the forward pass began, on a GPU all that

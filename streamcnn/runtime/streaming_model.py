@@ -53,7 +53,8 @@ class StreamingModel(ModuleFacade):
     budget
         Bytes that forward and backward may take: an int or a text such as "11GB" (10^9) or "11GiB" (2^30).
         On the CPU they count above what the process holds when the pass begins; on a GPU they are all that
-        the process holds there, with weights, optimiser and CUDA's own memory. ``None`` sets no ceiling.
+        the process holds there, with weights, optimiser and CUDA's own memory. ``None`` leaves other limits:
+        a GPU's free memory, the process's own limits and those of its control groups.
     tile
         Largest edge of a tile in input pixels, one number or (h, w). ``None`` leaves it to the planner.
     spill
