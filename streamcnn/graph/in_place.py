@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from streamcnn.errors import UnsupportedModel
 from streamcnn.graph.costs import Cost, declare, draws
+from streamcnn.graph.entries import ENTRY, entry_overwritten
 from streamcnn.graph.fakes import is_fake, memory_of
 from streamcnn.graph.program import Ref
 from streamcnn.graph.scattering import entry_replaced, imag_replaced, real_replaced, slice_replaced
@@ -304,6 +305,8 @@ def scattered(
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """The call that writes ``value`` into the base of ``view``, whose other values stay as in ``before``.
 
+    Its arguments may hold nodes of the flat graph.
+
     Raises
     ------
     UnsupportedModel
@@ -311,6 +314,8 @@ def scattered(
     """
     if view.target is operator.getitem:
         return _into_part(view, before, value)
+    if view.target is ENTRY:
+        return entry_overwritten, (before, value, *view.args[1:])
     assert isinstance(view.target, OpOverload)
     name, shape = operator_name(view.target).rstrip("_"), _parent_shape(view)
     if name == "view" and view.target._overloadname == "dtype":

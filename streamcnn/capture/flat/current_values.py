@@ -89,7 +89,7 @@ class CurrentValues:
             target, args = scattered(view, before, new[view], self._calls.source(node))
             name = self._calls.fresh(f"{node.name}_into")
             self._scatters.add(name)
-            new[parent] = self._calls.append(node, name, target, args, {})
+            new[parent] = self._calls.append(node, name, target, self.resolve(args), {})
         self._keep_gradients(node, chain, new)
         owner = chain[-1]
         self._writes[owner] = self._writes.get(owner, 0) + 1

@@ -15,15 +15,20 @@ Dynamo does not know ``saved_variables``, the old name of ``saved_tensors``, whi
 EfficientNet's activation read in their gradient. It does not enter locks, such as those of hooks that keep
 features.
 
+An index that is an integer tensor without axes, ``x[:, i]``, would end Dynamo's capture, since plain PyTorch
+reads its value.
+
 Python's ``max`` and ``min`` of two tensors return one of them. Dynamo takes the larger values of both,
 position by position, and gives both a share of the gradient where they are equal.
 """
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any, NoReturn
 from unittest.mock import patch
 
@@ -31,11 +36,14 @@ import torch
 from torch import Tensor
 
 from streamcnn.capture.guarded.guarded_image import as_image
+from streamcnn.graph.entries import assigned, indexed, is_entry
 from streamcnn.graph.flattening import CannotFlatten
 
 _APPLY = getattr(vars(torch.autograd.Function)["apply"], "__func__", None)
 """``Function.apply`` where it is written in Python, as it is before PyTorch 2.14."""
+_READ = "method___getitem__"
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
+_OPERATORS_BY_ENTRIES = SimpleNamespace(**{**vars(operator), "getitem": indexed, "setitem": assigned})
 
 
 @contextmanager
@@ -72,6 +80,13 @@ def code_followed_as_it_runs() -> Iterator[None]:
         chosen = _one_of_both(BuiltinVariable._call_min_max_binary)
         patches.enter_context(patch.object(BuiltinVariable, "_call_min_max_binary", chosen))
         translator = symbolic_convert.InstructionTranslatorBase
+        for name in (_READ, "method___setitem__"):
+            # Where Dynamo has no such methods, code with such an index is captured at every pass.
+            if hasattr(TensorVariable, name):
+                by_entries = _by_entries(getattr(TensorVariable, name))
+                patches.enter_context(patch.object(TensorVariable, name, by_entries))
+        subscripted = _by_method(BuiltinVariable.call_function)
+        patches.enter_context(patch.object(BuiltinVariable, "call_function", subscripted))
         locked = _through_locks(translator.setup_or_before_with)
         patches.enter_context(patch.object(translator, "setup_or_before_with", locked))
         # Until PyTorch 2.13, Dynamo treats it like any other dict.
@@ -192,6 +207,45 @@ def _through_locks(enter: Callable[..., Any]) -> Callable[..., Any]:
         enter(self, inst)
 
     return setup_or_before_with
+
+
+def _by_entries(called: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap reading or writing ``x[key]``: an index that is a tensor without axes stays one."""
+
+    def call(self: Any, tx: Any, key: Any, *value: Any) -> Any:
+        from torch._dynamo.variables import tensor as dynamo_tensors
+
+        if not _names_entry(key):
+            return called(self, tx, key, *value)
+        with patch.object(dynamo_tensors, "operator", _OPERATORS_BY_ENTRIES):
+            return called(self, tx, key, *value)
+
+    return call
+
+
+def _by_method(call_function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the call of a built-in function: read ``x[key]`` by the method of ``x`` that is wrapped above."""
+
+    def call(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        if self.fn is operator.getitem and _example(args[0]) is not None and _names_entry(args[1]):
+            method = getattr(args[0].realize(), _READ, None)
+            return call_function(self, tx, args, kwargs) if method is None else method(tx, args[1])
+        return call_function(self, tx, args, kwargs)
+
+    return call
+
+
+def _names_entry(key: Any) -> bool:
+    key = key.realize()
+    return any(is_entry(_example(each)) for each in getattr(key, "items", None) or [key])
+
+
+def _example(variable: Any) -> Any:
+    """The fake tensor that stands for a tensor while Dynamo follows code; None for anything else."""
+    from torch._dynamo.variables import TensorVariable
+
+    variable = variable.realize()
+    return variable.as_proxy().node.meta["example_value"] if type(variable) is TensorVariable else None
 
 
 def _reordering(call_method: Callable[..., Any]) -> Callable[..., Any]:

@@ -26,6 +26,7 @@ import streamcnn.capture.lowering.folded_shapes
 import streamcnn.capture.lowering.joined_products
 import streamcnn.graph.ops  # noqa: F401  likewise
 from streamcnn.capture.capture import RawNode, moved
+from streamcnn.capture.lowering.composed import COMPOSED
 from streamcnn.capture.lowering.fake_calls import FakeCalls
 from streamcnn.capture.lowering.folding import MERGING, Folded, is_folded, stream_folded, unfolded
 from streamcnn.capture.lowering.joined import Joined, as_type, first_ref, is_joined, stream_joined
@@ -140,6 +141,8 @@ class Lowering:
 
     def called(self, call: Call) -> Any:
         """The result of a call, streamed if it can be."""
+        if call.target in COMPOSED:
+            return COMPOSED[call.target](self, call)
         operands = [Ref(name) for name in refs_in((call.args, dict(call.kwargs)))]
         merged = is_folded(call)
         recording = self.recording

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from streamcnn.capture.unguarded.known_values import called_on_values
+from streamcnn.graph.entries import assigned, indexed
 from streamcnn.graph.whole import beside_the_trace
 
 _SELECT = frozenset({torch.masked_select, Tensor.masked_select})
@@ -31,6 +32,8 @@ _FIND = frozenset(
     if hasattr(place, name)
 )
 """Functions without a gradient, which are worked out if all that they are given is known."""
+_BY_ENTRIES = {Tensor.__getitem__: indexed, Tensor.__setitem__: assigned}
+"""What stands for functions where they are given indices whose values are not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +78,9 @@ class KnownShapes:
             return function(*args, **kwargs)
         except DataDependentOutputException as error:
             numbered = self._numbered(args), {name: self._numbered(kwargs[name]) for name in kwargs}
+            by_entries = _BY_ENTRIES.get(function, function)
             try:
-                return function(*numbered[0], **numbered[1])
+                return by_entries(*numbered[0], **numbered[1])
             except (DataDependentOutputException, TypeError):
                 raise error from None
 
@@ -97,7 +101,7 @@ class KnownShapes:
         masks = [(place, mask) for place, each in enumerate(parts) if (mask := self._mask(each)) is not None]
         for place, mask in reversed(masks):
             parts[place : place + 1] = self._places(mask, x.device)
-        return x[tuple(parts)] if masks else NotImplemented
+        return self.with_numbers(Tensor.__getitem__, (x, tuple(parts)), {}) if masks else NotImplemented
 
     def _mask(self, index: Any) -> Tensor | None:
         """The values of an index that is a mask; None if it is not one, or they are not known."""
