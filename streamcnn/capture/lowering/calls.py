@@ -142,7 +142,9 @@ class Lowering:
     def called(self, call: Call) -> Any:
         """The result of a call, streamed if it can be."""
         if call.target in COMPOSED:
-            return COMPOSED[call.target](self, call)
+            composed = COMPOSED[call.target](self, call)
+            if composed is not NotImplemented:
+                return composed
         operands = [Ref(name) for name in refs_in((call.args, dict(call.kwargs)))]
         merged = is_folded(call)
         recording = self.recording

@@ -1,17 +1,21 @@
-"""Calls that are lowered to several others: entries of an axis at an index that is a tensor."""
+"""Calls that are lowered to several others: entries at an index that is a tensor, attention with dropout."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from streamcnn.capture.lowering.folded_indices import known_places
-from streamcnn.capture.lowering.joined import Caller, Handler, shape_seen
+from streamcnn.capture.lowering.joined import Caller, Handler, as_type, first_ref, shape_seen
 from streamcnn.graph.costs import NOTHING, Cost, declare
 from streamcnn.graph.entries import ENTRY, entry_overwritten
+from streamcnn.graph.ops.reduction_types import statistics_dtype
 from streamcnn.graph.ops.rules import Call
+from streamcnn.graph.program import Ref
 
 aten = torch.ops.aten
 
@@ -43,5 +47,47 @@ def is_place(place: Tensor, total: int, num_after: int) -> Tensor:
 
 declare(is_place, cost=Cost(saves=NOTHING, detaches=True))
 
-COMPOSED: dict[Any, Handler] = {ENTRY: _entry, entry_overwritten: _entry_overwritten}
-"""What carries out such calls, by their targets."""
+def _attention_with_dropout(caller: Caller, call: Call) -> Any:
+    """Attention whose weights are dropped in part, as ATen computes it: by products."""
+    query, key, value, mask, probability, is_causal, scale, groups = call.bind(
+        *("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    )
+    is_of_maps = any(
+        not isinstance(each, Ref) or caller.recording.is_of_maps(each) for each in (query, key, value)
+    )
+    if not probability or is_causal or groups or not is_of_maps:
+        return NotImplemented
+
+    def called(target: Any, *args: Any) -> Any:
+        return caller.called(Call(target, args, {}))
+
+    like = caller.recording.fake_seen(call)
+    # As ATen does with half precision.
+    dtype = statistics_dtype(like.dtype)
+    query, key, value = (as_type(caller, each, dtype) for each in (query, key, value))
+    scaled = called(aten.mul.Tensor, query, shape_seen(caller.recording, query)[-1] ** -0.5 if scale is None else scale)
+    weights = called(aten.matmul.default, scaled, called(aten.transpose.int, key, -2, -1))
+    weights = _softmax(called, weights, mask, caller)
+    dropped = called(aten.dropout.default, weights, probability, True)
+    return as_type(caller, called(aten.matmul.default, dropped, value), like.dtype)
+
+
+def _softmax(called: Callable[..., Any], scores: Any, mask: Any, caller: Caller) -> Any:
+    """Softmax of scores along the last axis; of a row that the mask hides, weights and gradients are zero."""
+    if mask is None:
+        return called(aten.softmax.int, scores, -1)
+    if caller.recording.spec(first_ref(mask)).dtype == torch.bool:
+        scores = called(aten.masked_fill.Scalar, scores, called(aten.logical_not.default, mask), -math.inf)
+    else:
+        scores = called(aten.add.Tensor, scores, mask)
+    is_hidden = called(aten.eq.Scalar, called(aten.amax.default, scores, [-1], True), -math.inf)
+    weights = called(aten.softmax.int, called(aten.masked_fill.Scalar, scores, is_hidden, 0), -1)
+    return called(aten.masked_fill.Scalar, weights, is_hidden, 0)
+
+
+COMPOSED: dict[Any, Handler] = {
+    ENTRY: _entry,
+    entry_overwritten: _entry_overwritten,
+    aten.scaled_dot_product_attention.default: _attention_with_dropout,
+}
+"""What carries out such calls, by their targets; ``NotImplemented`` for those that stay whole."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from streamcnn.capture.lowering.folding import is_global
+from streamcnn.capture.lowering.folding import Folded, as_folded, is_global
 from streamcnn.capture.lowering.joined import (
     HANDLERS,
     MEET,
@@ -135,6 +135,30 @@ def beside(caller: Caller, parts: Sequence[Any], extents: Sequence[int]) -> Any:
         return MEET
     value = Joined(tuple(parts), axis)
     return caller.whole(value) if all(is_global(tracer, part) for part in parts) else value
+
+
+def _dropout(caller: Caller, call: Call) -> Any:
+    """Dropout with the mask that the whole would have."""
+    tracer, (value,) = caller.recording, joined_in(call)
+    probability, train = call.bind("p", "train")
+    if not train or probability in (0, 1):
+        return each_part(caller, call)
+    like = tracer.fake_seen(call)
+    seed = tracer.global_value(dropout.draw_seed, device=torch.device(like.device))
+    strides = dropout.strides_of(like.shape)
+    starts = accumulate(sizes_of(tracer, value), initial=0)
+    found: list[Ref | Folded] = []
+    for part, start in zip(value.parts, starts, strict=False):
+        own = as_folded(tracer, part)
+        extents = tracer.spec(own.ref).shape
+        apart = tuple(
+            strides[axis] * each
+            for axis in range(len(strides))
+            for each in dropout.strides_of([extents[i] for i in own.span(axis)])
+        )
+        kept = dropout.dropped(tracer, own.ref, seed, probability, apart, start * strides[value.axis])
+        found.append(Folded(kept, own.runs) if isinstance(part, Folded) else kept)
+    return Joined(tuple(found), value.axis)
 
 
 def _trailing(caller: Caller, call: Call) -> Any:
@@ -338,8 +362,9 @@ _ALONG_TOKENS: dict[Any, Callable[[Caller, Call, Joined], Any]] = {
 HANDLERS.update(
     {
         **dict.fromkeys(
-            (pointwise.pointwise, pointwise.from_shape, dropout.dropout, shape.permute), each_part
+            (pointwise.pointwise, pointwise.from_shape, shape.permute), each_part
         ),
+        dropout.dropout: _dropout,
         **dict.fromkeys((pointwise.linear, normalization.layer_norm, pointwise.trailing_norm), _trailing),
         **dict.fromkeys((shape.concatenate, shape.split, shape.unbind, shape.select), _along),
         **dict.fromkeys((shape.slice_axis, shape.flip, along_axes.along_axis), _along),

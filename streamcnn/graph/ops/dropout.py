@@ -6,6 +6,8 @@ The mask is a hash of a seed drawn once per forward pass, the node and the eleme
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,14 +38,36 @@ def dropout(tracer: Tracer, call: Call) -> Any:
         if axes is not None:
             return NotStreamable("it has one position")
         return tracer.global_value(call.target, *call.args, **call.kwargs)
-    like, accesses = tracer.fake(call), {ref.name: Access()}
-    # One seed a layer, in program order, so that masks do not depend on which layers are resident.
-    seed = tracer.global_value(draw_seed, device=torch.device(like.device))
-    arguments = (ref, seed, probability, tracer.spec(ref).shape)
+    return dropped(tracer, ref, seed_of(tracer, call), probability, strides_of(tracer.spec(ref).shape))
+
+
+def seed_of(tracer: Tracer, call: Call) -> Ref:
+    """One seed for a call, in program order, so that masks do not depend on which layers are resident."""
+    seed: Ref = tracer.global_value(draw_seed, device=torch.device(tracer.fake(call).device))
+    return seed
+
+
+def strides_of(shape: Sequence[int]) -> tuple[int, ...]:
+    """How far apart neighbours along each axis are if all elements of ``shape`` lie in row order."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def dropped(
+    tracer: Tracer, ref: Ref, seed: Ref, probability: float, strides: tuple[int, ...], first: int = 0
+) -> Ref:
+    """Record dropout of a value whose elements have the numbers ``first`` and on, and these ``strides``."""
+    axes, spec = tracer.axes(ref), tracer.spec(ref)
+    arguments = (ref, seed, probability, strides, first)
     if axes is None:
-        return tracer.global_value(drop_elements, *arguments)
+        result: Ref = tracer.global_value(drop_elements, *arguments)
+        return result
     return tracer.local(
-        drop_elements, (*arguments, axes), like=like, axes=axes, accesses=accesses, positional=True
+        drop_elements,
+        (*arguments, axes),
+        like=torch.empty(spec.shape, dtype=spec.dtype, device="meta"),
+        axes=axes,
+        accesses={ref.name: Access()},
+        positional=True,
     )
 
 
@@ -90,23 +114,22 @@ def drop_elements(
     x: Tensor,
     seed: Tensor,
     probability: float,
-    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    first: int = 0,
     axes: Axes | None = None,
     *,
     out: Region | None = None,
     origin: Region | None = None,
 ) -> Tensor:
-    """Drop elements of ``x``, a tile that covers ``out`` of a map of ``shape``, or the whole map."""
-    position = torch.zeros((), dtype=torch.int64, device=x.device)
-    for dim, extent in enumerate(shape):
-        start, stop = 0, extent
-        if axes is not None and out is not None and dim in axes:
-            interval = out[axes.index(dim)]
-            start, stop = interval.start, interval.stop
-        index = torch.arange(start, stop, device=x.device)
-        if dim == len(shape) - 1:
-            index = index + seed
-        position = position * extent + index.reshape([-1 if d == dim else 1 for d in range(len(shape))])
+    """Drop elements of ``x``, a tile that covers ``out`` of a map, or the whole of a value.
+
+    The first of all elements has the number ``first``, and neighbours along each axis are ``strides`` apart.
+    """
+    position = seed + first
+    for dim, stride in enumerate(strides):
+        start = 0 if axes is None or out is None or dim not in axes else out[axes.index(dim)].start
+        index = torch.arange(start, start + x.shape[dim], device=x.device) * stride
+        position = position + index.reshape([-1 if d == dim else 1 for d in range(len(strides))])
     kept = mix_(position).bitwise_and_(2**_BITS - 1) >= round(probability * 2**_BITS)
     del position
     dropped: Tensor = (x * kept).mul_(1 / (1 - probability))
