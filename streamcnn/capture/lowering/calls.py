@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-import streamcnn.capture.lowering.folded_axes  # these eight fill the registries
+import streamcnn.capture.lowering.folded_axes  # these ten fill the registries
 import streamcnn.capture.lowering.folded_equations
 import streamcnn.capture.lowering.folded_images
 import streamcnn.capture.lowering.folded_losses
 import streamcnn.capture.lowering.folded_products
 import streamcnn.capture.lowering.folded_recurrent
 import streamcnn.capture.lowering.folded_shapes
+import streamcnn.capture.lowering.folded_writing
+import streamcnn.capture.lowering.joined_losses
 import streamcnn.capture.lowering.joined_products
 import streamcnn.graph.ops  # noqa: F401  likewise
 from streamcnn.capture.capture import RawNode, moved

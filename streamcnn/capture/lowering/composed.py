@@ -47,6 +47,7 @@ def is_place(place: Tensor, total: int, num_after: int) -> Tensor:
 
 declare(is_place, cost=Cost(saves=NOTHING, detaches=True))
 
+
 def _attention_with_dropout(caller: Caller, call: Call) -> Any:
     """Attention whose weights are dropped in part, as ATen computes it: by products."""
     query, key, value, mask, probability, is_causal, scale, groups = call.bind(
@@ -65,7 +66,9 @@ def _attention_with_dropout(caller: Caller, call: Call) -> Any:
     # As ATen does with half precision.
     dtype = statistics_dtype(like.dtype)
     query, key, value = (as_type(caller, each, dtype) for each in (query, key, value))
-    scaled = called(aten.mul.Tensor, query, shape_seen(caller.recording, query)[-1] ** -0.5 if scale is None else scale)
+    scaled = called(
+        aten.mul.Tensor, query, shape_seen(caller.recording, query)[-1] ** -0.5 if scale is None else scale
+    )
     weights = called(aten.matmul.default, scaled, called(aten.transpose.int, key, -2, -1))
     weights = _softmax(called, weights, mask, caller)
     dropped = called(aten.dropout.default, weights, probability, True)

@@ -64,9 +64,9 @@ def _one_hot(tracer: FoldingTracer, call: Call) -> Any:
 def _broadcast(tracer: FoldingTracer, call: Call) -> Any:
     """Translate ``broadcast_tensors`` of values of one shape, which stay as they are."""
     (values,) = call.args
-    shapes = {value.seen(tracer.spec(value.ref).shape) for value in values if isinstance(value, Folded)}
-    is_same = len(shapes) == 1 and all(isinstance(value, Folded) for value in values)
-    return tuple(values) if is_same else _DIFFERENT
+    seen = (as_folded(tracer, value) for value in values)
+    shapes = {value.seen(tracer.spec(value.ref).shape) for value in seen}
+    return tuple(values) if len(shapes) == 1 else _DIFFERENT
 
 
 TRANSLATIONS.update(

@@ -1,8 +1,9 @@
-"""Tokens of a map that the code joins with others, such as class tokens, registers and padding.
+"""Tokens of a map that the code joins with others: class tokens, registers, padding, or those of other maps.
 
 ``torch.cat([class_token, tokens], 1)`` has one axis for values without positions and for all positions of a
-map. It stays in parts. Operators that treat every token alike are applied to each part; where tokens meet, as
-in a sum over all of them or in attention, the parts' results are put together.
+map, and a detector joins the anchors of several maps, its levels. They stay in parts. Operators that treat
+every token alike are applied to each part; where tokens meet, as in a sum over all of them or in attention,
+the parts' results are put together.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MEET = NotStreamable("tokens of a map and others that are joined with them meet 
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """Values side by side along one axis, as the code sees them: one is a map with merged axes."""
+    """Values side by side along one axis, as the code sees them, among them maps with merged axes."""
 
     parts: tuple[Ref | Folded, ...]
     axis: int

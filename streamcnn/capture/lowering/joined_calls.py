@@ -28,11 +28,13 @@ from streamcnn.capture.lowering.joined import (
 from streamcnn.graph.ops import (
     along_axes,
     dropout,
+    losses,
     normalization,
     padding,
     pointwise,
     reductions,
     shape,
+    writing,
 )
 from streamcnn.graph.ops.reduction_types import statistics_dtype
 from streamcnn.graph.ops.rules import Call, NotStreamable, rule_for
@@ -52,7 +54,7 @@ def joins_tokens(caller: Caller, call: Call) -> Any:
     values, dim = call.bind("tensors", "dim")
     dim = dim % len(shape_seen(tracer, values[0]))
     maps = [value for value in values if isinstance(value, Joined) or not is_global(tracer, value)]
-    if len(maps) != 1 or not (isinstance(maps[0], Joined) or is_merged(maps[0], dim)):
+    if any(each.axis != dim if isinstance(each, Joined) else not is_merged(each, dim) for each in maps):
         return MEET
     parts = [part for value in values for part in (value.parts if isinstance(value, Joined) else (value,))]
     dtype = tracer.fake_seen(call).dtype
@@ -99,7 +101,7 @@ def each_part(caller: Caller, call: Call) -> Any:
         elif not is_global(tracer, value):
             return MEET
 
-    is_aligned = rule_for(call.target) in (pointwise.pointwise, shape.concatenate)
+    is_aligned = rule_for(call.target) in _ALIGNED
 
     def part(value: Any, index: int) -> Any:
         if isinstance(value, Joined):
@@ -113,6 +115,13 @@ def each_part(caller: Caller, call: Call) -> Any:
         return caller.called(Call(aten.slice.Tensor, (value, place, start, start + sizes[index]), {}))
 
     return _put_together(caller, call, [_mapped(call, part, index) for index in range(len(sizes))])
+
+
+_ALIGNED = (
+    *(pointwise.pointwise, shape.concatenate, losses.loss_of_values, losses.gather_channels),
+    writing.slice_scatter,
+)
+"""Rules of operators whose operands have their axes side by side, counted from the last."""
 
 
 def _put_together(caller: Caller, call: Call, calls: Sequence[Call]) -> Any:
@@ -222,14 +231,14 @@ def _along(caller: Caller, call: Call) -> Any:
         return joins_tokens(caller, call) if dim == first.axis else each_part(caller, call)
     dims = call.bind("dims" if takes(call.target, "dims") else "dim")[0]
     ndim = len(shape_seen(tracer, first)) + (call.target is aten.stack.default)
-    listed = _listed(dims, ndim)
+    listed = listed_axes(dims, ndim)
     if call.target is not aten.stack.default and first.axis in listed:
         along = _ALONG_TOKENS.get(rule_for(call.target))
         return MEET if along is None or len(listed) > 1 else along(caller, call, first)
     return each_part(caller, call)
 
 
-def _listed(dims: int | Sequence[int] | None, ndim: int) -> list[int]:
+def listed_axes(dims: int | Sequence[int] | None, ndim: int) -> list[int]:
     """The axes, of ``ndim``, that ``dims`` names, counted from the front; all of them if it names none."""
     return [dim % ndim for dim in ([dims] if isinstance(dims, int) else dims or range(ndim))]
 
@@ -326,7 +335,7 @@ def _sum(caller: Caller, call: Call) -> Any:
     tracer, (value,) = caller.recording, joined_in(call)
     dims = call.bind("dim")[0] if takes(call.target, "dim") else None
     ndim = len(shape_seen(tracer, value))
-    listed = _listed(dims, ndim)
+    listed = listed_axes(dims, ndim)
     if value.axis not in listed:
         return each_part(caller, call)
     keepdim = call.bind("keepdim")[0] if takes(call.target, "keepdim") else False
@@ -361,13 +370,13 @@ _ALONG_TOKENS: dict[Any, Callable[[Caller, Call, Joined], Any]] = {
 }
 HANDLERS.update(
     {
-        **dict.fromkeys(
-            (pointwise.pointwise, pointwise.from_shape, shape.permute), each_part
-        ),
+        **dict.fromkeys((pointwise.pointwise, pointwise.from_shape, shape.permute), each_part),
         dropout.dropout: _dropout,
         **dict.fromkeys((pointwise.linear, normalization.layer_norm, pointwise.trailing_norm), _trailing),
         **dict.fromkeys((shape.concatenate, shape.split, shape.unbind, shape.select), _along),
         **dict.fromkeys((shape.slice_axis, shape.flip, along_axes.along_axis), _along),
+        losses.gather_channels: _along,
+        losses.one_hot: each_part,
         pointwise.from_metadata: _of_type,
         shape.reshape: _reshape,
         reductions.mean_or_sum: _sum,
