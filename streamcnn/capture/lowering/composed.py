@@ -1,4 +1,5 @@
-"""Calls that are lowered to several others: entries at an index that is a tensor, attention with dropout."""
+"""Calls that are lowered to several others: entries at an index that is a tensor, attention with dropout,
+convolutions and pooling of an image without a batch axis."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from streamcnn.capture.lowering.folded_indices import known_places
-from streamcnn.capture.lowering.joined import Caller, Handler, as_type, first_ref, shape_seen
+from streamcnn.capture.lowering.folding import is_global
+from streamcnn.capture.lowering.joined import Caller, Handler, Joined, as_type, first_ref, shape_seen
 from streamcnn.graph.costs import NOTHING, Cost, declare
 from streamcnn.graph.entries import ENTRY, entry_overwritten
 from streamcnn.graph.ops.reduction_types import statistics_dtype
@@ -26,6 +28,10 @@ def _entry(caller: Caller, call: Call) -> Any:
     places = caller.called(Call(known_places, (index, shape_seen(caller.recording, value)[dim], True), {}))
     line = caller.called(Call(aten.reshape.default, (places, [1]), {}))
     taken = caller.called(Call(aten.index_select.default, (value, dim, line), {}))
+    axes = caller.recording.axes(taken) if isinstance(taken, Ref) else None
+    if axes is not None and dim in axes and caller.recording.spec(taken).dtype.is_floating_point:
+        # A map of one row or column, whose sum has no such axis.
+        return caller.called(Call(aten.sum.dim_IntList, (taken, [dim], False), {}))
     return caller.called(Call(aten.squeeze.dim, (taken, dim), {}))
 
 
@@ -88,7 +94,33 @@ def _softmax(called: Callable[..., Any], scores: Any, mask: Any, caller: Caller)
     return called(aten.masked_fill.Scalar, weights, is_hidden, 0)
 
 
+def _of_one_image(caller: Caller, call: Call) -> Any:
+    """A convolution or pooling of an image (C, H, W) without a batch axis, which is added and removed."""
+    image = call.args[0]
+    if isinstance(image, Joined) or is_global(caller.recording, image):
+        return NotImplemented
+    if len(shape_seen(caller.recording, image)) != 3:
+        return NotImplemented
+    batch = caller.called(Call(aten.unsqueeze.default, (image, 0), {}))
+    found = caller.called(Call(call.target, (batch, *call.args[1:]), call.kwargs))
+    results = found if isinstance(found, tuple) else (found,)
+    images = tuple(caller.called(Call(aten.squeeze.dim, (each, 0), {})) for each in results)
+    return images if isinstance(found, tuple) else images[0]
+
+
+_OF_IMAGES = (
+    aten.adaptive_avg_pool2d.default,
+    aten.adaptive_max_pool2d.default,
+    aten.avg_pool2d.default,
+    aten.conv2d.default,
+    aten.conv2d.padding,
+    aten.conv_transpose2d.input,
+    aten.max_pool2d.default,
+    aten.max_pool2d_with_indices.default,
+)
+
 COMPOSED: dict[Any, Handler] = {
+    **dict.fromkeys(_OF_IMAGES, _of_one_image),
     ENTRY: _entry,
     entry_overwritten: _entry_overwritten,
     aten.scaled_dot_product_attention.default: _attention_with_dropout,
