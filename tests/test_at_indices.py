@@ -63,6 +63,8 @@ CASES: dict[str, Function] = {
     ],
     "of another image": lambda x: tokens(x)[torch.arange(len(x)).flip(0)[:, None], best(x)].cos(),
     "one channel of each": lambda x: x.flatten(2)[:, torch.tensor([1, 4, 1]), best(x)[0]].sin(),
+    "along an axis": lambda x: torch.take_along_dim(tokens(x), best(x)[..., None], 1).sin(),
+    "channels along an axis": lambda x: torch.take_along_dim(x.sin(), x.argmax(1, keepdim=True), 1) * x,
     "best and worst": best_and_worst,
     "hidden scores": hidden,
     "every head": every_head,
@@ -75,6 +77,21 @@ def test_values_at_indices(case: Function) -> None:
     assert_streams(case, (1, 3, 14, 22), resident=False)
     if case is not best_and_worst:
         assert_streams(case, resident=False)
+
+
+def lines(x: Tensor) -> tuple[Tensor, ...]:
+    """Rows and columns in another order, some of them twice, and one that the image decides."""
+    rows = torch.arange(x.shape[2]).flip(0).roll(3)
+    cols = (torch.arange(2 * x.shape[3]) * 5) % x.shape[3]
+    both = x[:, :, rows].cos()[..., cols][..., 2 : 2 + x.shape[3]]
+    best = x.mean((0, 2, 3)).argmax()
+    ends = x[:, :, torch.tensor([3, -1, 3])].mean((2, 3))
+    return x[:, :, rows] * x + both, x.index_select(3, cols[:4]).sin(), x[:, :, best] * ends[..., None]
+
+
+def test_rows_and_columns_at_indices() -> None:
+    assert_streams(lines, resident=False)
+    assert_streams(lines, (1, 3, 14, 22), resident=False)
 
 
 def test_only_scores_are_whole_where_they_are_sorted() -> None:

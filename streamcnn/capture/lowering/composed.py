@@ -1,5 +1,5 @@
 """Calls that are lowered to several others: entries at an index that is a tensor, attention with dropout,
-convolutions and pooling of an image without a batch axis."""
+convolutions and pooling of an image without a batch axis, ``take_along_dim``."""
 
 from __future__ import annotations
 
@@ -108,6 +108,21 @@ def _of_one_image(caller: Caller, call: Call) -> Any:
     return images if isinstance(found, tuple) else images[0]
 
 
+def _taken_along(caller: Caller, call: Call) -> Any:
+    """``take_along_dim``: ``gather`` with indices that are repeated along other axes."""
+    value, index, dim = call.bind("self", "indices", "dim")
+    tracer = caller.recording
+    if dim is None or (is_global(tracer, value) and is_global(tracer, index)):
+        return NotImplemented
+    shape, given = shape_seen(tracer, value), shape_seen(tracer, index)
+    dim %= len(shape)
+    wanted = (*shape[:dim], given[dim], *shape[dim + 1 :])
+    if any(own not in (1, extent) for own, extent in zip(given, wanted, strict=True)):
+        return NotImplemented
+    repeated = caller.called(Call(aten.expand.default, (index, list(wanted)), {}))
+    return caller.called(Call(aten.gather.default, (value, dim, repeated), {}))
+
+
 _OF_IMAGES = (
     aten.adaptive_avg_pool2d.default,
     aten.adaptive_max_pool2d.default,
@@ -121,6 +136,7 @@ _OF_IMAGES = (
 
 COMPOSED: dict[Any, Handler] = {
     **dict.fromkeys(_OF_IMAGES, _of_one_image),
+    aten.take_along_dim.default: _taken_along,
     ENTRY: _entry,
     entry_overwritten: _entry_overwritten,
     aten.scaled_dot_product_attention.default: _attention_with_dropout,

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from streamcnn.geometry.axis_maps import Adaptive, AxisMap, Line, Same, Sliding
 from streamcnn.graph.costs import INDEX_BYTES, NOTHING, RESULT, Cost, Operation, Saves, declare
+from streamcnn.graph.ops.chosen_lines import lines_at
 from streamcnn.graph.ops.pointwise import per_position, pointwise
 from streamcnn.graph.ops.reduction_types import Selection, statistics_dtype
 from streamcnn.graph.ops.reductions import extremum, mean_or_sum, truth
@@ -95,11 +96,19 @@ OF_LINES = frozenset(_ALONG_DIM) - {
 """Operators along one axis, which tiles of whole lines compute, as large as lines or smaller."""
 
 
+_ALONG_SPACE = NotStreamable("it runs along a spatial axis")
+
+
 def _along_lines(tracer: Tracer, call: Call, ref: Ref, dim: int, likes: Any) -> Any:
     """An operator along one spatial axis: a few neighbours, or whole lines, meet."""
     axes, spec = tracer.axes(ref), tracer.spec(ref)
     assert axes is not None
     ndim = len(spec.shape)
+    if call.target is aten.index_select.default:
+        (index,) = call.bind("index")
+        return (
+            lines_at(tracer, ref, dim, index, likes) if len(tracer.spec(index).shape) == 1 else _ALONG_SPACE
+        )
     if (
         call.target in SELECTING
         and axes == (ndim - 2, ndim - 1)
@@ -111,7 +120,7 @@ def _along_lines(tracer: Tracer, call: Call, ref: Ref, dim: int, likes: Any) -> 
     elif call.target in OF_LINES:
         along = Line(spec.shape[dim])
     else:
-        return NotStreamable("it runs along a spatial axis")
+        return _ALONG_SPACE
     access = Access(*(along if axis == dim else Same() for axis in axes))
     if not takes(call.target, "keepdim") or call.bind("keepdim")[0]:
         return _results(tracer, call, ref, likes, access=access)

@@ -15,7 +15,7 @@ from streamcnn.geometry.axis_maps import AxisMap, Repeated, Reversed, Same, Slid
 from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import with_extents
 from streamcnn.graph.costs import NOTHING, Cost, declare
-from streamcnn.graph.ops import joining
+from streamcnn.graph.ops import chosen_lines, joining
 from streamcnn.graph.ops.pointwise import per_position, pointwise
 from streamcnn.graph.ops.rules import Call, NotStreamable, Sample, Tracer, rule
 from streamcnn.graph.program import Access, Axes, Ref
@@ -353,9 +353,15 @@ def index_channels(tracer: Tracer, call: Call) -> Ref | NotStreamable:
     places = [place for place, index in enumerate(indices) if index is not None]
     if tracer.axes(ref) is None or any(tracer.axes(indices[place]) is not None for place in places):
         return NotStreamable("which entries it takes depends on the position")
-    if len(places) != 1 or places[0] in _axes(tracer, ref):
-        return NotStreamable("it takes rows or columns, or entries of several axes")
     like = tracer.fake(call)
+    if len(places) == 1 and places[0] in _axes(tracer, ref):
+        index = tracer.spec(indices[places[0]])
+        if len(index.shape) == 1 and index.dtype == torch.int64:
+            return chosen_lines.lines_at(tracer, ref, places[0], indices[places[0]], like)
+    if len(places) != 1 or places[0] in _axes(tracer, ref):
+        return NotStreamable(
+            "it takes rows or columns by several axes of indices, or entries of several axes"
+        )
     more = like.dim() - len(tracer.spec(ref).shape)
     rows, cols = (axis + more * (places[0] < axis) for axis in _axes(tracer, ref))
     accesses = {ref.name: Access()}
