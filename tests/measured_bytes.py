@@ -20,7 +20,9 @@ from streamcnn.execution.step import Operator, OwnPart
 from streamcnn.graph.costs import CallBytes, Cost, Operation, cost_of, is_view
 from streamcnn.graph.ops.reduction_types import Reduction
 from streamcnn.graph.program import Program
+from streamcnn.planning.backends import CpuBackend
 
+BACKEND = CpuBackend.on(torch.get_num_threads())
 T = TypeVar("T")
 
 
@@ -137,14 +139,13 @@ class _Projected:
 
     @property
     def forward(self) -> int:
-        return self.made + (self.cost.workspace(self.call) if self.cost.workspace else 0)
+        return self.made + BACKEND.workspace(self.cost, self.call)
 
     def backward(self, is_differentiated: bool) -> int:
         """Bytes of the result, of values saved beside it, of gradients and of workspace."""
         call, node = self.call, self.operator.node
-        workspace = self.cost.backward_workspace or self.cost.workspace
         beside = self.cost.saves.beside(Operation.of(self.program, node)) if self.cost.saves.beside else 0
-        flow = call.result + call.operands + (workspace(call) if workspace else 0)
+        flow = call.result + call.operands + BACKEND.backward_workspace(self.cost, call)
         return max(self.forward, self.made + flow * is_differentiated) + beside + 3 * call.weights
 
     def _operand(self, name: str) -> int:

@@ -14,7 +14,7 @@ from torch import nn
 import streamcnn
 from streamcnn import StreamingModel
 from streamcnn.ceiling.kept_blocks import kept_blocks_available
-from streamcnn.graph.costs import CallBytes, Cost
+from streamcnn.graph.costs import CallBytes, Cost, cost_of
 from streamcnn.plan.hardware import NOMINAL
 from streamcnn.plan.level_bytes import HeldBytes, Ints, LevelBytes
 from streamcnn.plan.plan import Plan
@@ -22,6 +22,8 @@ from streamcnn.plan.storage import MemoryTerm, Tier
 from streamcnn.planning.backends import Backend, CpuBackend, CudaBackend, Fragmentation
 from streamcnn.planning.spec import Machine, OffloadTier
 from streamcnn.runtime.machines import backend_of, cuda_card
+
+aten = torch.ops.aten
 
 SHAPE = (1, 3, 900, 800)
 OF_A_CPU = re.compile(
@@ -171,3 +173,15 @@ def test_no_other_module_of_a_room_names_a_library(room: str) -> None:
         if OF_ANY_LIBRARY.search(line) and not any(each in f"{path.as_posix()} {line}" for each in allowed)
     ]
     assert found == []
+
+
+def test_products_in_half_precision_count_copies_where_the_processor_has_no_arithmetic_of_theirs() -> None:
+    native, converting = (
+        CpuBackend(kernel_bytes=0, code_bytes=0, matrix_bytes=0, converts_halves=each)
+        for each in (False, True)
+    )
+    for target, itemsize, copied in ((aten.linear, 2, 2 * 111), (aten.linear, 4, 0), (aten.relu, 2, 0)):
+        cost, nbytes = cost_of(target.default), CallBytes(100, 10, 1, itemsize)
+        assert converting.workspace(cost, nbytes) == native.workspace(cost, nbytes) + copied
+        both = (each.backward_workspace(cost, nbytes) for each in (converting, native))
+        assert next(both) == next(both) + copied

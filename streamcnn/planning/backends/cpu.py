@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
+import torch
 
+from streamcnn.graph.costs import CallBytes, Cost, Routine
 from streamcnn.plan.level_bytes import HeldBytes, Ints, LevelBytes
 from streamcnn.plan.storage import MemoryTerm
 from streamcnn.planning.backends.base import Backend, Fragmentation
@@ -52,6 +54,8 @@ class CpuBackend(Backend):
     keeping: Fragmentation = KEEPING
     returning: Fragmentation = RETURNING
     fragmentation: str = "allocator waste"
+    converts_halves: bool = False
+    """Whether a matrix product in half precision takes copies in float32 of what it reads and gives."""
     has_choice: bool = True
     beside_tensors: frozenset[str] = frozenset((_KERNELS, _CODE, _PRODUCTS))
     fuses_attention: bool = False
@@ -67,12 +71,33 @@ class CpuBackend(Backend):
         on maps of 21 x 21 to 40 x 30 (torch 2.13, AVX-512). MKL keeps its buffers until they are freed at a
         step's end. It takes separate buffers for every size of product, mostly never touched: on 2 threads
         9.2 MB for one linear layer and 28 MB for three, on 8 threads 36 MB for one, and little more for the
-        gradients of such layers.
+        gradients of such layers. Copies in float32 were seen on a processor with AVX-512 and no arithmetic of
+        bfloat16, and none on one that has it.
         """
-        libraries = cls(kernel_bytes=3 * 2**15, code_bytes=2**20, matrix_bytes=5 * 2**20 * num_threads)
+        libraries = cls(
+            kernel_bytes=3 * 2**15,
+            code_bytes=2**20,
+            matrix_bytes=5 * 2**20 * num_threads,
+            converts_halves=not torch.cpu._is_avx512_bf16_supported(),
+        )
         if not keeps_blocks:
             return libraries
         return replace(libraries, returning=ROUNDING, has_choice=False, keeps_blocks=True)
+
+    def workspace(self, cost: Cost, nbytes: CallBytes) -> int:
+        """Bytes that are declared, and those of copies in float32."""
+        return super().workspace(cost, nbytes) + self._converted(cost, nbytes)
+
+    def backward_workspace(self, cost: Cost, nbytes: CallBytes) -> int:
+        """Bytes that are declared, and those of copies in float32; a gradient is an operand too."""
+        declared = cost.backward_workspace or cost.workspace
+        return (0 if declared is None else declared(nbytes)) + self._converted(cost, nbytes)
+
+    def _converted(self, cost: Cost, nbytes: CallBytes) -> int:
+        """Bytes in float32 of what a product in half precision reads and gives."""
+        if not self.converts_halves or not nbytes.is_half or cost.routine is not Routine.MATRIX_PRODUCT:
+            return 0
+        return 2 * (nbytes.operands + nbytes.weights + nbytes.result)
 
     def step_terms(self, num_kernels: int, num_products: int) -> tuple[MemoryTerm, ...]:
         """Terms of compiled code and buffers, which stop counting at the step's end."""
