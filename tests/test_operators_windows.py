@@ -181,7 +181,7 @@ class LaidOver(nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
         self.options = options
-        self.mix = nn.Sequential(nn.Conv2d(WIDTH, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+        self.mix = nn.Sequential(nn.Conv2d(WIDTH, 4, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU())
 
     def forward(self, x: Tensor) -> Tensor:
         summaries = [self.mix(F.adaptive_avg_pool2d(x, size)) for size in (2, 3)]
