@@ -67,7 +67,15 @@ class OfTokens(Indexing):
         return tokens[:, i + 20] * torch.cat((class_token, tokens), 1).sin()[:, 0]
 
 
-CASES = {each.__name__: each for each in (Indexing, OfMap, AmongOthers, Written, OfTokens)}
+class Numbers(Indexing):
+    """Other indices: alone, as they are, and in a tuple."""
+
+    def taken(self, x: Tensor, i: Tensor) -> Tensor:
+        weight = self.weight[1][None] * self.weight[[0, 2]][-1] + self.weight[:, None][...][1:][0][0]
+        return x[:, [0, 1]].mean(1, keepdim=True) * weight[0] * torch.arange(1, WIDTH + 1)[:, None, None]
+
+
+CASES = {each.__name__: each for each in (Indexing, OfMap, AmongOthers, Written, OfTokens, Numbers)}
 
 
 @pytest.mark.parametrize("is_guarded", [True, False], ids=["guarded", "anew"])

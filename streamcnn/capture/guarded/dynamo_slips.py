@@ -236,8 +236,10 @@ def _by_method(call_function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _names_entry(key: Any) -> bool:
+    from torch._dynamo.variables import TupleVariable
+
     key = key.realize()
-    return any(is_entry(_example(each)) for each in getattr(key, "items", None) or [key])
+    return any(is_entry(_example(each)) for each in (key.items if isinstance(key, TupleVariable) else [key]))
 
 
 def _example(variable: Any) -> Any:
