@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from streamcnn import (
     StreamingModel,
 )
 from streamcnn.data.reader import BatchReader
+from streamcnn.execution import global_graph
 from streamcnn.execution.backward_tile import BackwardTile
 from streamcnn.execution.executor import Execution
 from streamcnn.execution.global_graph import GlobalGraph
@@ -53,7 +55,7 @@ class Injected(Exception):
 
 
 @contextmanager
-def failing(owner: type, method: str, error: BaseException, call: int) -> Iterator[None]:
+def failing(owner: type | ModuleType, method: str, error: BaseException, call: int) -> Iterator[None]:
     """Let the given call of ``method`` (0 is the first) raise ``error``."""
     original: Callable[..., Any] = getattr(owner, method)
     calls = 0
@@ -81,7 +83,7 @@ FORWARD = [
     (SpillFolder, "__init__", 0),
     (TileRun, "evaluate_operator", 10),
     (GlobalGraph, "run", 1),
-    (GlobalGraph, "_evaluate", 6),
+    (global_graph, "evaluate", 6),
     (Execution, "_barrier", 1),
 ]
 BACKWARD = [
@@ -108,7 +110,9 @@ def error_at(call: int) -> BaseException:
 
 @pytest.mark.usefixtures("on_disk")
 @pytest.mark.parametrize(("owner", "method", "call"), _named(FORWARD))
-def test_a_failed_forward_pass_changes_nothing(owner: type, method: str, call: int, tmp_path: Path) -> None:
+def test_a_failed_forward_pass_changes_nothing(
+    owner: type | ModuleType, method: str, call: int, tmp_path: Path
+) -> None:
     model = make_model(tmp_path)
     reference = copy.deepcopy(model.net)
     for module in (model, reference):
@@ -126,7 +130,9 @@ def test_a_failed_forward_pass_changes_nothing(owner: type, method: str, call: i
 
 @pytest.mark.usefixtures("on_disk")
 @pytest.mark.parametrize(("owner", "method", "call"), _named(BACKWARD))
-def test_a_failed_backward_pass_changes_nothing(owner: type, method: str, call: int, tmp_path: Path) -> None:
+def test_a_failed_backward_pass_changes_nothing(
+    owner: type | ModuleType, method: str, call: int, tmp_path: Path
+) -> None:
     model = make_model(tmp_path)
     reference = copy.deepcopy(model.net)
     losses = []
