@@ -178,7 +178,7 @@ def test_another_dtype_than_the_layers_without_a_bias(layer: nn.Module, dtype: t
     """Norms take float32 weights for half precision; convolutions on tensors without values take all."""
     image = make_image()
     net = nn.Sequential(*[nn.Unflatten(1, (3, 1))] * isinstance(layer, nn.Conv3d), layer, nn.ReLU())
-    with pytest.raises(RuntimeError, match="expected scalar type|should be the same"):
+    with pytest.raises(RuntimeError, match=r"expected scalar type|should be the same"):
         net(image.to(dtype))
     for training in (True, False):
         model = StreamingModel(net.train(training), tile=16)
