@@ -5,9 +5,12 @@ Cross-entropy of ``logits.flatten(2)``, or of scores (P, C) with channels last, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 
 from streamcnn.capture.lowering.folded_axes import alike_folded
 from streamcnn.capture.lowering.folding import TRANSLATIONS, Folded, FoldingTracer, as_folded, as_seen
@@ -20,14 +23,24 @@ aten = torch.ops.aten
 _DIFFERENT = NotStreamable("its operands have their axes of space merged differently")
 
 
-def _of_values(tracer: FoldingTracer, call: Call) -> Any:
-    """Translate a loss of each value by itself, with its reduction."""
+def with_reduction(
+    call: Call, of_each: Callable[[Call], Any], reduced: Callable[[OpOverload, Any], Any]
+) -> Any:
+    """A loss of each value by ``of_each``, and its mean or sum by ``reduced`` if the call asks for one."""
     over = Over(call.bind("reduction")[0])
-    each = alike_folded(tracer, call.replaced("reduction", int(Over.NONE)))
+    each = of_each(call.replaced("reduction", int(Over.NONE)))
     if isinstance(each, NotStreamable) or over is Over.NONE:
         return each
-    target = aten.mean.default if over is Over.MEAN else aten.sum.default
-    return tracer.stream(Call(target, (as_folded(tracer, each).ref,), {}))
+    return reduced(aten.mean.default if over is Over.MEAN else aten.sum.default, each)
+
+
+def _of_values(tracer: FoldingTracer, call: Call) -> Any:
+    """Translate a loss of each value by itself, with its reduction."""
+
+    def reduced(target: OpOverload, each: Any) -> Any:
+        return tracer.stream(Call(target, (as_folded(tracer, each).ref,), {}))
+
+    return with_reduction(call, partial(alike_folded, tracer), reduced)
 
 
 def _of_classes(tracer: FoldingTracer, call: Call) -> Any:

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-import torch
+from torch._ops import OpOverload
 
+from streamcnn.capture.lowering.folded_losses import with_reduction
 from streamcnn.capture.lowering.joined import HANDLERS, MEET, Caller, joined_in, shape_seen
 from streamcnn.capture.lowering.joined_calls import each_part, listed_axes
 from streamcnn.graph.ops import losses, reductions, writing
-from streamcnn.graph.ops.losses import Over
-from streamcnn.graph.ops.rules import Call, NotStreamable
+from streamcnn.graph.ops.rules import Call
 from streamcnn.graph.schemas import takes
-
-aten = torch.ops.aten
 
 
 def _of_values(caller: Caller, call: Call) -> Any:
     """A loss of each value, with its reduction."""
-    over = Over(call.bind("reduction")[0])
-    each = each_part(caller, call.replaced("reduction", int(Over.NONE)))
-    if isinstance(each, NotStreamable) or over is Over.NONE:
-        return each
-    target = aten.mean.default if over is Over.MEAN else aten.sum.default
-    return caller.called(Call(target, (each,), {}))
+
+    def reduced(target: OpOverload, each: Any) -> Any:
+        return caller.called(Call(target, (each,), {}))
+
+    return with_reduction(call, partial(each_part, caller), reduced)
 
 
 def _extremum(caller: Caller, call: Call) -> Any:
