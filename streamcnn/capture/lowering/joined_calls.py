@@ -153,7 +153,7 @@ def _dropout(caller: Caller, call: Call) -> Any:
     if not train or probability in (0, 1):
         return each_part(caller, call)
     like = tracer.fake_seen(call)
-    seed = tracer.global_value(dropout.draw_seed, device=torch.device(like.device))
+    seed = dropout.seed_of(tracer, like.device)
     strides = dropout.strides_of(like.shape)
     starts = accumulate(sizes_of(tracer, value), initial=0)
     found: list[Ref | Folded] = []

@@ -38,12 +38,13 @@ def dropout(tracer: Tracer, call: Call) -> Any:
         if axes is not None:
             return NotStreamable("it has one position")
         return tracer.global_value(call.target, *call.args, **call.kwargs)
-    return dropped(tracer, ref, seed_of(tracer, call), probability, strides_of(tracer.spec(ref).shape))
+    seed = seed_of(tracer, tracer.fake(call).device)
+    return dropped(tracer, ref, seed, probability, strides_of(tracer.spec(ref).shape))
 
 
-def seed_of(tracer: Tracer, call: Call) -> Ref:
+def seed_of(tracer: Tracer, device: torch.device) -> Ref:
     """One seed for a call, in program order, so that masks do not depend on which layers are resident."""
-    seed: Ref = tracer.global_value(draw_seed, device=torch.device(tracer.fake(call).device))
+    seed: Ref = tracer.global_value(draw_seed, device=torch.device(device))
     return seed
 
 
