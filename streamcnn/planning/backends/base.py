@@ -78,14 +78,20 @@ class Backend(ABC):
     """Elements of the largest tile of a map that kernels are made for."""
 
     def workspace(self, cost: Cost, nbytes: CallBytes) -> int:
-        """Bytes that a call takes besides operands, parameters and result: those declared."""
-        return 0 if cost.workspace is None else cost.workspace(nbytes)
+        """Bytes that a call takes besides operands, parameters and result: those declared and converted."""
+        declared = 0 if cost.workspace is None else cost.workspace(nbytes)
+        return declared + self.converted(cost, nbytes)
 
     def backward_workspace(self, cost: Cost, nbytes: CallBytes) -> int:
         """Bytes that a call's backward pass takes besides operands, parameters, result, their gradients and
         saved values."""
-        declared = cost.backward_workspace
-        return self.workspace(cost, nbytes) if declared is None else declared(nbytes)
+        if cost.backward_workspace is None:
+            return self.workspace(cost, nbytes)
+        return cost.backward_workspace(nbytes) + self.converted(cost, nbytes)
+
+    def converted(self, cost: Cost, nbytes: CallBytes) -> int:
+        """Bytes of copies in another element type, which the device's arithmetic needs in each pass: none."""
+        return 0
 
     @abstractmethod
     def step_terms(self, num_kernels: int, num_products: int) -> tuple[MemoryTerm, ...]:

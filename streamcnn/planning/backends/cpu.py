@@ -84,16 +84,7 @@ class CpuBackend(Backend):
             return libraries
         return replace(libraries, returning=ROUNDING, has_choice=False, keeps_blocks=True)
 
-    def workspace(self, cost: Cost, nbytes: CallBytes) -> int:
-        """Bytes that are declared, and those of copies in float32."""
-        return super().workspace(cost, nbytes) + self._converted(cost, nbytes)
-
-    def backward_workspace(self, cost: Cost, nbytes: CallBytes) -> int:
-        """Bytes that are declared, and those of copies in float32; a gradient is an operand too."""
-        declared = cost.backward_workspace or cost.workspace
-        return (0 if declared is None else declared(nbytes)) + self._converted(cost, nbytes)
-
-    def _converted(self, cost: Cost, nbytes: CallBytes) -> int:
+    def converted(self, cost: Cost, nbytes: CallBytes) -> int:
         """Bytes in float32 of what a product in half precision reads and gives."""
         if not self.converts_halves or not nbytes.is_half or cost.routine is not Routine.MATRIX_PRODUCT:
             return 0
