@@ -51,6 +51,11 @@ class LateCopies:
         """Number of requests for copies for which nothing has waited yet."""
         return sum(map(len, self._queues.values()))
 
+    @property
+    def num_taken_open(self) -> int:
+        """Number of these that leave the device."""
+        return len(self._queues["out"])
+
     def mark(self) -> Mark:
         """The mark of computation, which is done at once."""
         return "computed", 0
@@ -79,6 +84,10 @@ class LateCopies:
         """Make all copies."""
         for queue, asked in self._queues.items():
             self.num_settled += self._reach((queue, self._done[queue] + len(asked)))
+
+    def ends(self) -> Sequence[Mark]:
+        """The marks of the last copies of both queues."""
+        return [(queue, self._done[queue] + len(asked)) for queue, asked in self._queues.items()]
 
     def buffer(self, shape: Sequence[int], dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
         """Memory filled with arbitrary values."""

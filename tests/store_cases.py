@@ -60,7 +60,7 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
 def late(*, pins: bool = True, overlaps: bool = False) -> GpuTransfers:
     """A GPU's transfers, whose copies take place as late as possible."""
     transfers = GpuTransfers(LateCopies(pins=pins))
-    transfers._overlaps = overlaps
+    transfers.overlaps = overlaps
     return transfers
 
 
@@ -69,7 +69,7 @@ def make_on_host(transfers: GpuTransfers, spec: StoreSpec) -> HostStore:
     spares = SparePinned()
     used = spares.take(spec.nbytes + 100, transfers.engine.pin)
     used.memory.fill_(7)
-    spares.keep(used)
+    spares.keep(used, transfers.unused())
     return HostStore(spec, transfers, spares)
 
 

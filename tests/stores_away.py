@@ -18,8 +18,9 @@ def away(
     monkeypatch: pytest.MonkeyPatch,
     choose: Callable[[str], Tier],
     overlaps: Callable[[PassPart], bool] = lambda part: True,
+    trails: Callable[[PassPart], bool] = lambda part: True,
 ) -> None:
-    """Have plans keep maps away from memory, and move them beside."""
+    """Have plans keep maps away from memory, and move tiles while others of this and the next phase run."""
     original = plan_cache.make_plan
 
     def planned(*args: Any) -> tuple[Program, Plan, str | None]:
@@ -31,7 +32,10 @@ def away(
         again = [phase for phases in plan.rematerialised.values() for phase in phases]
         parts = {(direction, phase.level) for phase in plan.phases for direction in ("forward", "backward")}
         parts |= {("again", phase.level) for phase in again}
-        moving = frozenset(filter(overlaps, parts))
-        return program, dataclasses.replace(plan, stores=stores, overlapped=moving), tail
+        chosen = {
+            "overlapped": frozenset(filter(overlaps, parts)),
+            "trailing": frozenset(filter(trails, parts)),
+        }
+        return program, dataclasses.replace(plan, stores=stores, **chosen), tail
 
     monkeypatch.setattr(plan_cache, "make_plan", planned)

@@ -108,7 +108,11 @@ def assert_exact(model: StreamingModel, plain: nn.Module, image: Tensor) -> None
     assert error_of(images[0].grad, images[1].grad) < 1e-10
 
 
-@pytest.mark.parametrize("overlaps", [True, False], ids=["overlapping", "at once"])
+@pytest.mark.parametrize(
+    ("overlaps", "trails"),
+    [(True, True), (True, False), (False, True), (False, False)],
+    ids=["overlapping, trailing", "overlapping", "trailing", "at once"],
+)
 @pytest.mark.parametrize("choose", [on_host, on_disk, mixed], ids=lambda choose: choose.__name__)
 @pytest.mark.parametrize("make_net", [Residual, Skips], ids=lambda net: net.__name__)
 @pytest.mark.parametrize(
@@ -129,8 +133,9 @@ def test_exact_however_late_copies_are(
     tile: int | tuple[int, int],
     memory_format: torch.memory_format,
     overlaps: bool,
+    trails: bool,
 ) -> None:
-    away(monkeypatch, choose, lambda part: overlaps)
+    away(monkeypatch, choose, lambda part: overlaps, lambda part: trails)
     model, plain = make_model(make_net, tile)
     for net in (model, plain):
         net.to(memory_format=memory_format)
@@ -176,6 +181,30 @@ def test_the_next_tile_is_under_way_while_one_is_computed(
     # A GPU would be waited for at the end of a phase, and for what leaves it for a host that adds.
     waits = sum(engine.num_settled for engine in engines)
     assert waits < sum(engine.num_taken for engine in engines)
+
+
+@pytest.mark.parametrize("trails", [True, False])
+def test_a_phase_begins_while_the_last_tile_of_the_one_before_is_on_its_way(
+    engines: list[LateCopies], monkeypatch: pytest.MonkeyPatch, trails: bool
+) -> None:
+    away(monkeypatch, on_host, trails=lambda part: trails)
+    model, _ = make_model(Residual, (16, 53))
+    num_open: list[int] = []
+    original = Exchange.gather
+
+    def noted(self: Exchange, step: Any, tile: Any, *others: Any) -> list[Tensor]:
+        if tile.row == 0:
+            num_open.append(engines[-1].num_taken_open)
+        return original(self, step, tile, *others)
+
+    monkeypatch.setattr(Exchange, "gather", noted)
+    output = model(torch.randn(SHAPE, dtype=torch.float64))
+    assert not engines[-1].num_open, "at the end of the forward pass all has arrived"
+    assert num_open[0] == 0
+    output.sum().backward()
+    assert any(num_open) == trails
+    if trails:
+        assert all(num_open[1:4])
 
 
 def test_the_next_tile_is_asked_for_before_the_host_waits_for_what_has_gone(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from collections.abc import Collection
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +15,11 @@ from torch import nn
 
 from streamcnn import StreamingModel, cli
 from streamcnn.graph.program import TensorSpec
-from streamcnn.plan.storage import Tier
-from streamcnn.planning.overlapping import OnTheWay, on_the_way
+from streamcnn.plan.plan import PassPart
+from streamcnn.plan.storage import MemoryTerm, Tier
+from streamcnn.planning.backends.base import Fragmentation
+from streamcnn.planning.memory_model import PeakPoint
+from streamcnn.planning.overlapping import OnTheWay, Trailing, on_the_way, trailing
 from streamcnn.planning.spec import OffloadTier
 from streamcnn.runtime import plan_cache
 from streamcnn.runtime.machines import CONTEXT_BYTES, cuda_card, this_machine
@@ -93,8 +97,11 @@ def test_tiles_are_moved_beside_others_where_there_is_memory_for_it() -> None:
     passes = len(plan.phases) + sum(phase.differentiated for phase in plan.phases) + again
     assert f"{counted} of {passes} runs of a phase move tiles while others are computed" in plan.explain()
     assert len(json.loads(plan.to_json())["overlapped"]) == counted
+    assert plan.trailing
+    assert len(json.loads(plan.to_json())["trailing"]) == len(plan.trailing)
     assert not other.overlapped
-    assert "overlapped" not in json.loads(other.to_json())
+    assert not other.trailing
+    assert not {"overlapped", "trailing"} & json.loads(other.to_json()).keys()
 
 
 def test_a_map_that_a_card_has_room_for_stays_there() -> None:
@@ -127,6 +134,41 @@ def test_what_a_tile_gives_before_its_end_is_on_the_way_twice() -> None:
     assert moved["early"] == OnTheWay(forward=20, backward=10, gradient=10)
     # The step counts the one that it ends with.
     assert moved["last"] == OnTheWay(forward=10, backward=10, gradient=10)
+
+
+def _point(part: PassPart, nbytes: int) -> PeakPoint:
+    return PeakPoint("", part, "", (MemoryTerm("all", nbytes),), 0)
+
+
+def test_a_last_tile_trails_where_all_up_to_the_next_phase_has_room_for_it() -> None:
+    card = cuda_card(make_net(), host_bytes=10**12, optimizer_copies=0)
+    # It wastes nothing.
+    backend = dataclasses.replace(card.backend, returning=Fragmentation())
+    forward, backward = ["forward", "segment forward"], ["segment backward", "again", "backward"]
+    parts = [*itertools.product(forward, [1]), *itertools.product(forward, [2])]
+    parts += [*itertools.product(backward, [2]), ("segment backward", 1), ("backward", 1)]
+    points = [_point(part, 100) for part in parts]
+    sent: dict[PassPart, int] = {("forward", 1): 10, ("forward", 2): 7, ("again", 2): 5, ("backward", 2): 20}
+
+    def found(room: int | None, overlapped: Collection[PassPart] = ()) -> Trailing:
+        return trailing(points, sent, overlapped, backend, room)
+
+    everywhere = found(None)
+    assert everywhere.parts == sent.keys()
+    assert everywhere.beside == {
+        ("segment forward", 1): 10,
+        ("forward", 2): 10,
+        ("segment forward", 2): 7,
+        ("backward", 2): 5,
+        ("segment backward", 1): 20,
+        ("backward", 1): 20,
+    }
+    assert found(120).parts == {("forward", 1), ("forward", 2), ("again", 2)}
+    assert found(110).parts == {("forward", 2), ("again", 2)}
+    # A phase that overlaps has room for what a tile of its own sends, but the segment before it has not.
+    beside = found(None, {("forward", 2), ("backward", 2)}).beside
+    assert (beside["segment forward", 1], beside["forward", 2]) == (10, 3)
+    assert ("backward", 2) not in beside
 
 
 def test_a_gradient_map_stays_in_memory_where_that_is_faster() -> None:

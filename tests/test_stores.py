@@ -357,6 +357,28 @@ class TestStoresAwayFromTheDevice:
         assert_same(second.read(where), random_tile(NCHW, where, 1))
         assert_same(incoming.tile(), expected)
 
+    def test_a_tile_on_its_way_to_a_closed_store_does_not_come_to_another_map(self) -> None:
+        transfers, spares, whole = late(pins=False, overlaps=True), SparePinned(), Region.whole(NCHW.size)
+        first, second = HostStore(NCHW, transfers, spares), HostStore(NCHW, transfers, spares)
+        first.write(whole, random_tile(NCHW, whole))
+        first.close()
+        transfers.overlaps = False
+        second.write(whole, random_tile(NCHW, whole, 1))
+        transfers.finish()
+        assert_same(second.read(whole), random_tile(NCHW, whole, 1))
+
+    def test_reading_waits_for_no_tile_of_another_region(self) -> None:
+        transfers, spares = late(overlaps=True), SparePinned()
+        store, rows = HostStore(NCHW, transfers, spares), [region(0, 9, 0, 47), region(9, 20, 0, 47)]
+        for where in rows:
+            store.write(where, random_tile(NCHW, where), may_keep=True)
+        engine: Any = transfers.engine
+        assert engine.num_settled == 0
+        assert_same(store.read(rows[0]), random_tile(NCHW, rows[0]))
+        assert (engine.num_settled, engine.num_open) == (1, 1)
+        assert_same(store.read(rows[1]), random_tile(NCHW, rows[1]))
+        assert (engine.num_settled, engine.num_open) == (2, 0)
+
     def test_a_band_of_rows_is_one_copy_and_an_awkward_region_goes_by_way_of_a_buffer(self) -> None:
         spec = dataclasses.replace(NCHW, shape=(1, 3, 200, 47))
         whole = random_tile(spec, Region.whole(spec.size)).to(memory_format=torch.channels_last)

@@ -162,6 +162,7 @@ class Execution:
                         self._maps.settle_images()
                     self._hooks.after_step(("segment", "forward", level, 0, 0))
                 self._maps.free_read(level)
+            self._transfers.drain()
         except BaseException:
             self.close()
             raise
@@ -253,22 +254,22 @@ class Execution:
         # A cached cast would keep the graph of the tile that made it alive.
         with torch.no_grad(), autocast(self.device, self.autocast, cache=direction != "backward"):
             tiles = [Tile(phase, row, col) for row, col in self._combiner.tiles(phase)]
-            overlaps = (direction, phase.level) in self.plan.overlapped
-            with self._transfers.overlapping(wanted=overlaps):
-                ahead: list[Incoming] = []
-                for tile, following in zip_longest(tiles, tiles[1:]):
-                    step, compute = prepared(tile.kind)
-                    inputs = self._exchange.gather(step, tile, ahead)
-                    ahead = []
-                    if overlaps and following is not None:
-                        ahead = self._exchange.prepare(prepared(following.kind)[0], following)
-                    self._exchange.scatter(step, tile, compute(inputs))
-                    if overlaps:
-                        # The host's part of moving other tiles, while a GPU computes this one. The next one's
-                        # inputs come first: they wait for no copy, and arrive while the host adds.
-                        fetch(ahead)
-                        self._transfers.advance()
-                    self._hooks.after_step(phase.shape(direction, tile.row, tile.col))
+            part = direction, phase.level
+            overlaps, trails = part in self.plan.overlapped, part in self.plan.trailing
+            ahead: list[Incoming] = []
+            for tile, following in zip_longest(tiles, tiles[1:]):
+                step, compute = prepared(tile.kind)
+                inputs = self._exchange.gather(step, tile, ahead)
+                ahead = []
+                if overlaps and following is not None:
+                    ahead = self._exchange.prepare(prepared(following.kind)[0], following)
+                self._transfers.overlaps = trails if following is None else overlaps
+                self._exchange.scatter(step, tile, compute(inputs))
+                # The host's part of moving other tiles, while a GPU computes this one. The next one's inputs
+                # come first: they wait for no copy, and arrive while the host adds.
+                fetch(ahead)
+                self._transfers.advance()
+                self._hooks.after_step(phase.shape(direction, tile.row, tile.col))
         self._exchange.end_phase()
 
     @property
@@ -284,8 +285,7 @@ class Execution:
     def close(self) -> None:
         """Free every store. Closing again does nothing."""
         try:
-            # An interrupt outside a phase may have left a copy under way.
-            self._transfers.drain()
+            self._transfers.drop()
         finally:
             self._maps.close()
 

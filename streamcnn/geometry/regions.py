@@ -81,6 +81,11 @@ class Region(NamedTuple):
         """Whether ``other`` lies inside."""
         return self.rows.contains(other.rows) and self.cols.contains(other.cols)
 
+    def meets(self, other: Region) -> bool:
+        """Whether both have a position in common."""
+        shared = self.rows.intersect(other.rows), self.cols.intersect(other.cols)
+        return all(part.size > 0 for part in shared)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Intervals:

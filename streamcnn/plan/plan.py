@@ -133,6 +133,8 @@ class Plan:
     """Number of operators in the resident tail, which run on whole maps after the last tile."""
     overlapped: frozenset[PassPart] = frozenset()
     """Parts of the pass that move tiles to and from other tiers while they compute others."""
+    trailing: frozenset[PassPart] = frozenset()
+    """Parts whose last tile may still be on its way to other tiers while the next phase begins."""
     image_held_bytes: int = 0
     """Bytes of the budget that images take as long as the pass needs them, such as a decoded PNG."""
     image_read_bytes: int = 0
@@ -219,6 +221,7 @@ class Plan:
             "num_resident": self.num_resident,
             "residents": list(self.residents),
             **({"overlapped": sorted(map(_in_words, self.overlapped))} if self.overlapped else {}),
+            **({"trailing": sorted(map(_in_words, self.trailing))} if self.trailing else {}),
             "stores": {name: asdict(store) for name, store in self.stores.items()},
             "phases": [_phase_as_json(phase) for phase in self.phases],
             "rematerialised": {

@@ -16,7 +16,7 @@ from streamcnn.planning.candidates import TilingCandidates
 from streamcnn.planning.cost_model import StageTime, plain_time, resident_time
 from streamcnn.planning.global_bytes import RUN_TIME
 from streamcnn.planning.memory_model import PeakPoint, peak_points
-from streamcnn.planning.overlapping import moved_beside, overlapped
+from streamcnn.planning.overlapping import moved_beside, overlapped, sent_by_a_tile, trailing
 from streamcnn.planning.search import Solution
 from streamcnn.planning.spec import Machine, PassSpec
 from streamcnn.planning.staging import Staging, is_differentiated
@@ -37,7 +37,7 @@ def frozen_plan(
     """
     solution, program = best.solution, best.search.program
     staging, stores = solution.staging, _with_tiles(solution)
-    points, parts = _peak_points(best, stores, spec, machine)
+    points, parts, last_ones = _peak_points(best, stores, spec, machine)
     worst = max(points, key=lambda point: point.nbytes)
     at_once, resident = _times_on_whole_maps(untailed, training=bool(spec.leaves))
     flops = sum(tiling.time.flops for tiling in solution.tilings) + resident.flops
@@ -65,6 +65,7 @@ def frozen_plan(
         recomputation=flops / at_once.flops if at_once.flops else 1.0,
         num_resident=_num_last(program, staging),
         overlapped=parts,
+        trailing=last_ones,
         image_held_bytes=spec.reading.held,
         image_read_bytes=_image_read_bytes(program, spec, solution),
         # Nothing streams in the tail, so only the program without a tail has the reasons.
@@ -132,8 +133,9 @@ def _num_last(program: Program, staging: Staging) -> int:
 
 def _peak_points(
     best: Attempt, stores: dict[str, StorePlan], spec: PassSpec, machine: Machine
-) -> tuple[list[PeakPoint], frozenset[PassPart]]:
-    """All peak points, and the parts of the pass that move tiles while they compute others."""
+) -> tuple[list[PeakPoint], frozenset[PassPart], frozenset[PassPart]]:
+    """All peak points, the parts of the pass that move tiles while they compute others, and those whose last
+    tile may be on its way while the next phase begins."""
     solution = best.solution
     tiled, again = solution.tiled, solution.rematerialised
     points_with = partial(
@@ -145,8 +147,12 @@ def _peak_points(
         reuses_blocks=solution.reuses_blocks,
     )
     moved = moved_beside(tiled, again, stores)
-    parts = overlapped(points_with(), moved, machine.backend, spec.room(machine.reserved))
-    return points_with(moving={part: moved[part] for part in parts}), parts
+    backend, room = machine.backend, spec.room(machine.reserved)
+    parts = overlapped(points_with(), moved, backend, room)
+    moving = {part: moved[part] for part in parts}
+    last = trailing(points_with(moving=moving), sent_by_a_tile(tiled, again, stores), parts, backend, room)
+    moving.update((part, moving.get(part, 0) + nbytes) for part, nbytes in last.beside.items())
+    return points_with(moving=moving), parts, last.parts
 
 
 def _times_on_whole_maps(untailed: TilingCandidates, *, training: bool) -> tuple[StageTime, StageTime]:

@@ -107,14 +107,6 @@ class PassBytes:
         waste = MemoryTerm(self.backend.fragmentation, self.lost(step.nbytes))
         return PeakPoint(name, part, step.operator, (*held.at(level), *step.terms, waste), step.reading)
 
-    def segment_point(
-        self, global_bytes: GlobalBytes, level: int, direction: str, held: LevelBytes
-    ) -> PeakPoint:
-        """The point of the global values of a level, with their step in the worse direction."""
-        name = "the resident tail" if level == global_bytes.last else f"global values of level {level}"
-        part = (f"segment {direction}", level)
-        return self.point(f"{name}, {direction}", part, held, level, global_bytes.steps[level])
-
 
 def peak_points(
     tiled: Sequence[TiledStage],
@@ -136,7 +128,7 @@ def peak_points(
     rematerialised
         Stages that are run again, each with the level before whose backward phase.
     moving
-        The parts that move tiles while they compute others, with the bytes of the tiles that are moved.
+        The parts during which tiles are moved, with the bytes of these tiles.
     """
     phases = _PhaseSteps.of(tiled, rematerialised, global_bytes)
     num_kernels = np.zeros_like(global_bytes.num_kernels)
@@ -216,25 +208,32 @@ class _Points:
         for level in self._levels:
             if level in self.phases.forward:
                 step = self.phases.forward[level]
-                yield self._phase(f"phase {level}, forward", ("forward", level), held.forward, level, step)
+                yield self._point(f"phase {level}, forward", ("forward", level), held.forward, level, step)
             if level in self.global_bytes.steps:
-                yield self.found.segment_point(self.global_bytes, level, "forward", held.forward)
+                yield self._segment(level, "forward", held.forward)
 
     def backward(self) -> Iterator[PeakPoint]:
         """Global values and phases in reverse, each phase after the stages that rematerialise maps for it."""
         held = self.found.held
         for level in reversed(self._levels):
             if level in self.global_bytes.steps and self.global_bytes.differentiated:
-                yield self.found.segment_point(self.global_bytes, level, "backward", held.segments)
+                yield self._segment(level, "backward", held.segments)
             if level not in self.phases.backward:
                 continue
             for dropped, step in self.phases.again.get(level, ()):
                 name = f"phase {dropped} again, before phase {level}, backward"
-                yield self._phase(name, ("again", dropped), held.backward, level, step)
+                yield self._point(name, ("again", dropped), held.backward, level, step)
             step = self.phases.backward[level]
-            yield self._phase(f"phase {level}, backward", ("backward", level), held.backward, level, step)
+            yield self._point(f"phase {level}, backward", ("backward", level), held.backward, level, step)
 
-    def _phase(self, name: str, part: PassPart, held: LevelBytes, level: int, step: StepBytes) -> PeakPoint:
+    def _segment(self, level: int, direction: str, held: LevelBytes) -> PeakPoint:
+        """The point of the global values of a level, with their step in the worse direction."""
+        of = self.global_bytes
+        name = "the resident tail" if level == of.last else f"global values of level {level}"
+        part = (f"segment {direction}", level)
+        return self._point(f"{name}, {direction}", part, held, level, of.steps[level])
+
+    def _point(self, name: str, part: PassPart, held: LevelBytes, level: int, step: StepBytes) -> PeakPoint:
         """The point of one step, with the tiles that are moved during it."""
         if part in self.moving:
             step = replace(step, terms=(*step.terms, MemoryTerm(ON_THE_WAY, self.moving[part])))

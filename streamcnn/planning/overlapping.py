@@ -1,13 +1,15 @@
 """Bytes of tiles that are moved while others are computed: the next tile's inputs, the last one's results.
 
-They are counted for a stage's largest tile, by map. A map is *away* if it lives outside the device's memory;
+The last tile's results are moved while the next phase computes its first one. Bytes are counted for a stage's
+largest tile, by map. A map is *away* if it lives outside the device's memory;
 the caller knows which maps are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby, zip_longest
 
 from streamcnn.plan.plan import PassPart
 from streamcnn.plan.storage import StorePlan, Tier
@@ -35,15 +37,19 @@ def on_the_way(tiled: TiledStage) -> dict[str, OnTheWay]:
     found = {}
     for name in tiled.stage.inputs:
         nbytes = tiled.largest_nbytes(name)
-        # Each operator that reads it gives a gradient of its own.
-        readers = sum(name in operands for operands in tiled.outline.map_operands.values())
-        found[name] = OnTheWay(nbytes, nbytes, readers * nbytes)
+        found[name] = OnTheWay(nbytes, nbytes, _gradient(tiled, name))
     for name in tiled.stage.stored:
         nbytes = tiled.largest_nbytes(name)
         # A result before the tile's last operator is held until that has run, beside the previous tile's.
         times = 1 if name == tiled.stage.nodes[-1] else 2
         found[name] = OnTheWay(times * nbytes, nbytes, nbytes)
     return found
+
+
+def _gradient(tiled: TiledStage, name: str) -> int:
+    """Bytes that the largest tile adds to a gradient map: each operator that reads the map gives its own."""
+    readers = sum(name in operands for operands in tiled.outline.map_operands.values())
+    return readers * tiled.largest_nbytes(name)
 
 
 def moved_beside(
@@ -78,6 +84,92 @@ def _forward(moved: Mapping[str, OnTheWay], away: Collection[str]) -> int:
     return sum(each.forward for name, each in moved.items() if name in away)
 
 
+@dataclass(frozen=True, slots=True)
+class Trailing:
+    """Phases whose last tile may still be on its way to other tiers while the next phase begins."""
+
+    parts: frozenset[PassPart]
+    beside: Mapping[PassPart, int]
+    """By later part, segments among them: bytes of such tiles beside those that `moved_beside` counts."""
+
+
+def trailing(
+    points: Sequence[PeakPoint],
+    sent: Mapping[PassPart, int],
+    overlapped: Collection[PassPart],
+    backend: Backend,
+    room: int | None,
+) -> Trailing:
+    """The phases whose last tile leaves room for what comes next, up to the next phase's first tile.
+
+    Parameters
+    ----------
+    points
+        The peak points of the pass, in order, with the tiles that are on the way during ``overlapped`` parts.
+    sent
+        As from :func:`sent_by_a_tile`.
+    """
+
+    def beside(part: PassPart, later: PassPart) -> int:
+        # A part that overlaps has room for what its own tiles send, which is free during the first one.
+        return max(0, sent[part] - (sent.get(later, 0) if later in overlapped else 0))
+
+    followed = [each for each in _followed(points) if each[0] in sent] if backend.overlaps else []
+    crowded = {
+        part
+        for part, later in followed
+        for point in later
+        if room is not None and point.nbytes + _taken(beside(part, point.part), backend) > room
+    }
+    parts = frozenset(part for part, _ in followed) - crowded
+    found: dict[PassPart, int] = {}
+    for part, later in followed:
+        for each in (point.part for point in later if part in parts):
+            found[each] = max(found.get(each, 0), beside(part, each))
+    return Trailing(parts, {part: nbytes for part, nbytes in found.items() if nbytes})
+
+
+def sent_by_a_tile(
+    tiled: Iterable[TiledStage],
+    rematerialised: Iterable[tuple[int, TiledStage]],
+    stores: Mapping[str, StorePlan],
+) -> dict[PassPart, int]:
+    """By part of a pass: bytes that its largest tile sends to other tiers.
+
+    The parameters are those of `moved_beside`.
+    """
+    away = {name for name, store in stores.items() if store.tier is not Tier.MEMORY}
+    gradients = {name for name, store in stores.items() if store.gradient_tier is not Tier.MEMORY}
+    found: dict[PassPart, int] = {}
+    for stage in tiled:
+        level, inputs = stage.stage.level, stage.stage.inputs
+        found["forward", level] = _written(stage, away)
+        found["backward", level] = sum(_gradient(stage, name) for name in inputs if name in gradients)
+    for _, stage in rematerialised:
+        part = "again", stage.stage.level
+        found[part] = max(found.get(part, 0), _written(stage, away))
+    return {part: nbytes for part, nbytes in found.items() if nbytes}
+
+
+def _written(stage: TiledStage, away: Collection[str]) -> int:
+    return sum(stage.largest_nbytes(name) for name in stage.stage.stored if name in away)
+
+
+def _followed(points: Sequence[PeakPoint]) -> Iterator[tuple[PassPart, list[PeakPoint]]]:
+    """Each phase, with the points up to that of the next phase in the same direction."""
+    # Between the passes all tiles arrive.
+    for _, each in groupby(points, lambda point: point.part[0] in ("forward", "segment forward")):
+        run = list(each)
+        phases = [place for place, point in enumerate(run) if not point.part[0].startswith("segment")]
+        for place, following in zip_longest(phases, phases[1:], fillvalue=len(run)):
+            yield run[place].part, run[place + 1 : following + 1]
+
+
+def _taken(nbytes: int, backend: Backend) -> int:
+    """Bytes with the allocator's loss, which is rounded down for each step."""
+    return nbytes + backend.returning.of_step(nbytes) + 1
+
+
 def overlapped(
     points: Sequence[PeakPoint], moved: Mapping[PassPart, int], backend: Backend, room: int | None
 ) -> frozenset[PassPart]:
@@ -92,8 +184,7 @@ def overlapped(
     """
     if not backend.overlaps:
         return frozenset()
-    # The allocator's loss is rounded down for each step.
-    taken = {part: nbytes + backend.returning.of_step(nbytes) + 1 for part, nbytes in moved.items()}
+    taken = {part: _taken(nbytes, backend) for part, nbytes in moved.items()}
     parts = [point.part for point in points if point.part in moved]
     crowded = {
         point.part for point in points if room is not None and point.nbytes + taken.get(point.part, 0) > room

@@ -58,6 +58,10 @@ class CudaCopies:
             # Last, since an interrupt may come before.
             self._is_used = False
 
+    def ends(self) -> tuple[cuda.Event, ...]:
+        """Events at the ends of both streams."""
+        return (_recorded(self._incoming), _recorded(self._outgoing)) if self._is_used else ()
+
     def buffer(self, shape: Sequence[int], dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
         """A tensor from PyTorch's allocator of pinned memory, which tracks the copies that use it."""
         return torch.empty(tuple(shape), dtype=dtype, pin_memory=True, memory_format=memory_format)

@@ -11,7 +11,7 @@ from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import crop, layout
 from streamcnn.stores.base import StoreSpec
 from streamcnn.stores.pinned import PinnedBlock, SparePinned, shaped
-from streamcnn.stores.transfers import Deferred, GpuTransfers, Incoming, few_pieces
+from streamcnn.stores.transfers import Deferred, GpuTransfers, Incoming, Place, few_pieces
 from streamcnn.stores.whole import WholeStore
 
 
@@ -45,7 +45,7 @@ class HostStore(WholeStore):
         shape, dtype = self.spec.tile_shape(region), self.spec.dtype
         if self._map is None:
             return Deferred(partial(torch.zeros, shape, dtype=dtype, device=self._transfers.compute_device))
-        self._transfers.settle(self)
+        self._transfers.settle(Place(self, region))
         view = self._readable(self._map, region)
         return self._transfers.bring(shape, dtype, partial(self._source, view), layout(view))
 
@@ -64,20 +64,21 @@ class HostStore(WholeStore):
     def _put(self, region: Region, tile: Tensor, *, adds: bool, is_final: bool) -> None:
         whole = self._writable(tile)
         for part, holds in self._claim(whole, region):
-            target = self._view(whole, part)
+            target, to = self._view(whole, part), Place(self, part)
             share = crop(tile, self.spec.axes, region, part)
             # Values that are there may still be on their way; tiles that are taken are finished in order.
             if not holds and share.dtype == target.dtype and self._is_copied_in_place(target):
-                self._transfers.put(self, share, target, is_final=is_final)
+                self._transfers.put(to, share, target, is_final=is_final)
             else:
                 finish = partial(_combine, target, adds=adds and holds)
-                self._transfers.take(self, share, target.dtype, finish, is_final=is_final)
+                self._transfers.take(to, share, target.dtype, finish, is_final=is_final)
 
     def _free(self) -> None:
+        # A tile that is still on its way to a buffer would be put into what is another map's memory by then.
+        self._transfers.settle(Place(self, self._whole))
         self._map = None
         if self._block is not None:
-            self._transfers.drain()
-            self._spares.keep(self._block)
+            self._spares.keep(self._block, self._transfers.unused())
             self._block = None
 
     def _is_copied_in_place(self, view: Tensor) -> bool:

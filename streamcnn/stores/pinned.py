@@ -37,6 +37,8 @@ class PinnedBlock:
         self.memory = fresh_memory(nbytes, inherited=False)
         undo = pin(self.memory)
         self.is_pinned = undo is not None
+        self.settle: Callable[[], object] | None = None
+        """Waits for the copies that its last map has left under way."""
         if undo is not None:
             # The memory is known to the finalizer, and so outlives the pinning.
             finalize(self, _unpin, undo, self.memory).atexit = False
@@ -45,6 +47,12 @@ class PinnedBlock:
     def nbytes(self) -> int:
         """The block's size."""
         return self.memory.nbytes
+
+
+def _settle(block: PinnedBlock) -> None:
+    if block.settle is not None:
+        block.settle()
+        block.settle = None
 
 
 def _unpin(undo: Callable[[], None], memory: Tensor) -> None:
@@ -83,6 +91,7 @@ class SparePinned:
             found = min(fitting, key=lambda block: block.nbytes, default=None)
             if found is not None:
                 self._spare.remove(found)
+                _settle(found)
             else:
                 self._make_room(nbytes)
                 found = PinnedBlock(nbytes, pin)
@@ -90,16 +99,24 @@ class SparePinned:
             self._most_in_use = max(self._most_in_use, sum(each.nbytes for each in self._in_use))
         return found
 
-    def keep(self, block: PinnedBlock) -> None:
-        """Keep a block that nobody uses any more."""
+    def keep(self, block: PinnedBlock, settle: Callable[[], object]) -> None:
+        """Keep a block that nobody uses once ``settle`` has returned: whoever takes it waits for that."""
         with self._lock:
             self._in_use.discard(block)
+            block.settle = settle
             self._spare.append(block)
 
     def close(self) -> None:
         """Drop all spare blocks."""
         with self._lock:
-            self._spare.clear()
+            while self._spare:
+                self._drop(-1)
+
+    def _drop(self, place: int) -> int:
+        """Drop a spare block, and return its size."""
+        # Memory must not be unpinned while it is copied.
+        _settle(self._spare[place])
+        return self._spare.pop(place).nbytes
 
     def _make_room(self, nbytes: int) -> None:
         """Drop spare blocks, the smallest first, until a new one of ``nbytes`` fits within the bound."""
@@ -108,7 +125,7 @@ class SparePinned:
         excess -= int(_LARGEST_WASTE * max(self._most_in_use, used))
         self._spare.sort(key=lambda block: block.nbytes)
         while excess > 0 and self._spare:
-            excess -= self._spare.pop(0).nbytes
+            excess -= self._drop(0)
 
 
 def fresh_memory(nbytes: int, *, inherited: bool = True) -> Tensor:

@@ -3,7 +3,8 @@
 Where the host itself computes, there is nothing to move. A GPU has copy engines, which work while it
 computes: during each tile the next tile's inputs are brought and the previous tile's results are taken. The
 host's own part, such as reading a file, overlaps too, since the GPU's work is queued ahead. So no thread is
-needed, and only work that needs the GPU's results waits for them.
+needed, and only work that needs the GPU's results waits for them. The last tile of a phase may still be on
+its way while the next phase begins.
 
 Three rules make this safe. A tile's memory is allocated before the preceding tile is computed, and the copy
 into it waits for all work queued by then: nothing else uses that memory any more. A tile that is taken is
@@ -17,14 +18,15 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from streamcnn.geometry.regions import Region
 from streamcnn.geometry.windows import dense, layout
 
 Mark = Any
@@ -60,6 +62,9 @@ class CopyEngine(Protocol):
 
     def settle_all(self) -> None:
         """Wait on the host for all copies, including those whose mark was lost to an interrupt."""
+
+    def ends(self) -> Sequence[Mark]:
+        """Marks of the end of all copies queued so far."""
 
     def buffer(self, shape: Sequence[int], dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
         """An uninitialised tensor in pinned memory, which is not reused before its copies are done."""
@@ -98,6 +103,18 @@ Finish = Callable[[Tensor], object]
 """Does the rest of the work on the host, once a tile has arrived there."""
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A region of a store's map."""
+
+    store: object
+    region: Region
+
+    def meets(self, other: Place) -> bool:
+        """Whether both have a position in common."""
+        return self.store is other.store and self.region.meets(other.region)
+
+
 class Transfers(ABC):
     """Moves the tiles of one pass between its stores and the compute device.
 
@@ -105,9 +122,13 @@ class Transfers(ABC):
     ----------
     compute_device
         Where tiles are computed.
+    overlaps
+        Whether tiles that are taken from now on may arrive while others are computed: their transfers are
+        finished when ``advance``, ``settle`` or ``finish`` is called.
     """
 
     compute_device: torch.device
+    overlaps = False
 
     @abstractmethod
     def buffer(
@@ -133,35 +154,32 @@ class Transfers(ABC):
         """
 
     @abstractmethod
-    def take(
-        self, owner: object, tile: Tensor, dtype: torch.dtype, finish: Finish, *, is_final: bool
-    ) -> None:
+    def take(self, to: Place, tile: Tensor, dtype: torch.dtype, finish: Finish, *, is_final: bool) -> None:
         """Copy ``tile`` to host memory and call ``finish`` with it in ``dtype``, in the order of the calls.
 
-        ``owner`` is the store that the tile is for. ``is_final`` says that nobody changes the values of
-        ``tile`` any more.
+        ``to`` is the place that the tile is for. ``is_final`` says that nobody changes the values of ``tile``
+        any more.
         """
 
     @abstractmethod
-    def settle(self, owner: object) -> None:
-        """Finish the transfers for a store that is about to be read."""
+    def settle(self, place: Place) -> None:
+        """Finish the transfers to a place that is about to be read."""
 
     @abstractmethod
     def advance(self) -> None:
         """Finish transfers from earlier tiles; called when the present tile's work is queued."""
 
     @abstractmethod
+    def finish(self) -> None:
+        """Finish all transfers to host memory: no memory of the compute device is held for them any more."""
+
+    @abstractmethod
     def drain(self) -> None:
         """Finish all transfers, and wait until no copy uses a store's memory."""
 
-    @contextmanager
-    def overlapping(self, *, wanted: bool) -> Iterator[None]:
-        """A block of tiles; if ``wanted``, the transfers of a tile finish while others are computed.
-
-        At the end of the block all transfers are finished, or dropped if the block ends in an error.
-        """
-        del wanted
-        yield
+    @abstractmethod
+    def drop(self) -> None:
+        """Wait until no copy is under way, and forget the transfers that are not finished."""
 
 
 class PlainTransfers(Transfers):
@@ -196,19 +214,23 @@ class PlainTransfers(Transfers):
         """Read the source when the tile is asked for."""
         return Deferred(lambda: source().to(self.compute_device))
 
-    def take(
-        self, owner: object, tile: Tensor, dtype: torch.dtype, finish: Finish, *, is_final: bool
-    ) -> None:
+    def take(self, to: Place, tile: Tensor, dtype: torch.dtype, finish: Finish, *, is_final: bool) -> None:
         """Finish the transfer now."""
         finish(tile.to("cpu", dtype))
 
-    def settle(self, owner: object) -> None:
+    def settle(self, place: Place) -> None:
         """Do nothing: all transfers are finished."""
 
     def advance(self) -> None:
         """Do nothing: all transfers are finished."""
 
+    def finish(self) -> None:
+        """Do nothing: all transfers are finished."""
+
     def drain(self) -> None:
+        """Do nothing: all transfers are finished."""
+
+    def drop(self) -> None:
         """Do nothing: all transfers are finished."""
 
 
@@ -216,7 +238,7 @@ class PlainTransfers(Transfers):
 class _Taken:
     """A tile that is on its way to host memory."""
 
-    owner: object
+    to: Place
     done: Mark
     copies: Copies
     """Kept until the copies are done, so that nothing else uses their memory before."""
@@ -232,7 +254,6 @@ class GpuTransfers(Transfers):
         self._taken: deque[_Taken] = deque()
         self._num_earlier = 0
         """How many entries of ``_taken`` are from tiles before the present one."""
-        self._overlaps = False
 
     def buffer(
         self,
@@ -255,75 +276,69 @@ class GpuTransfers(Transfers):
         tile = torch.empty(tuple(shape), dtype=dtype, device=self.compute_device, memory_format=memory_format)
         return _Brought(self.engine, tile, source, wanted or memory_format, self.engine.mark())
 
-    def take(
-        self, owner: object, tile: Tensor, dtype: torch.dtype, finish: Finish, *, is_final: bool
-    ) -> None:
+    def take(self, to: Place, tile: Tensor, dtype: torch.dtype, finish: Finish, *, is_final: bool) -> None:
         """Copy the tile to a pinned buffer, and call ``finish`` when the copy is done."""
         found = dense(_plain(tile))
         buffer = self.engine.buffer(found.shape, found.dtype, layout(found))
         # If that made a copy, nobody else has it.
         is_final = is_final or found is not tile
         # Converted on the host, since converting on the GPU would take memory there.
-        self._send(owner, [(buffer, found)], lambda: finish(buffer.to(dtype)), is_final=is_final)
+        self._send(to, [(buffer, found)], lambda: finish(buffer.to(dtype)), is_final=is_final)
 
-    def put(self, owner: object, tile: Tensor, target: Tensor, *, is_final: bool) -> None:
+    def put(self, to: Place, tile: Tensor, target: Tensor, *, is_final: bool) -> None:
         """Copy a tile straight to its place in pinned memory; tile and target have one element type."""
         found = _plain(tile).contiguous(memory_format=layout(target))
-        self._send(owner, pieces(target, found), lambda: None, is_final=is_final or found is not tile)
+        self._send(to, pieces(target, found), lambda: None, is_final=is_final or found is not tile)
 
-    def settle(self, owner: object) -> None:
-        """Finish all transfers, if some of them are for this store."""
-        if any(each.owner is owner for each in self._taken):
-            self.drain()
+    def unused(self) -> Callable[[], None]:
+        """A function that waits until no copy that was asked for before this call is under way."""
+        return partial(_settle, self.engine, self.engine.ends())
 
-    def _send(self, owner: object, copies: Copies, finish: Callable[[], object], *, is_final: bool) -> None:
+    def settle(self, place: Place) -> None:
+        """Finish the transfers to this place, and those before them, which come first."""
+        count = max((n for n, each in enumerate(self._taken, 1) if each.to.meets(place)), default=0)
+        self._finish(count)
+
+    def _send(self, to: Place, copies: Copies, finish: Callable[[], object], *, is_final: bool) -> None:
         done = self.engine.take(copies, self.engine.mark())
-        if self._overlaps:
-            if not is_final:
-                self.engine.hold(done)
-            self._taken.append(_Taken(owner, done, copies, finish))
-        else:
-            self.engine.settle(done)
-            finish()
+        self._taken.append(_Taken(to, done, copies, finish))
+        if not self.overlaps:
+            self.finish()
+        elif not is_final:
+            self.engine.hold(done)
 
     def advance(self) -> None:
         """Finish transfers from before the present tile, which the GPU computes meanwhile."""
         self._finish(self._num_earlier)
         self._num_earlier = len(self._taken)
 
+    def finish(self) -> None:
+        """Finish all transfers to host memory."""
+        self._finish(len(self._taken))
+
     def drain(self) -> None:
         """Finish all transfers, and wait for all copies."""
-        self._finish(len(self._taken))
-        self._num_earlier = 0
+        self.finish()
         self.engine.settle_all()
 
     def _finish(self, count: int) -> None:
+        """Finish the first transfers, in order."""
         for _ in range(count):
             each = self._taken[0]
             self.engine.settle(each.done)
             self._taken.popleft()
+            self._num_earlier = max(0, self._num_earlier - 1)
             each.finish()
 
-    @contextmanager
-    def overlapping(self, *, wanted: bool) -> Iterator[None]:
-        """If ``wanted``, take tiles to host memory while later ones are computed."""
-        self._overlaps = wanted
+    def drop(self) -> None:
+        """Wait until no copy is under way, and forget the transfers that are not finished."""
         try:
-            try:
-                yield
-                self.drain()
-            finally:
-                self._drop()
+            self.engine.settle_all()
         finally:
             # Once more, as the first call may have been interrupted.
-            self._drop()
-
-    def _drop(self) -> None:
-        """Wait until no copy is under way, and drop unfinished transfers."""
-        self._overlaps = False
-        self.engine.settle_all()
-        self._taken.clear()
-        self._num_earlier = 0
+            self.engine.settle_all()
+            self._taken.clear()
+            self._num_earlier = 0
 
 
 class _Brought:
@@ -351,6 +366,11 @@ class _Brought:
         self.fetch()
         self._engine.hold(self._done)
         return self._tile.contiguous(memory_format=self._wanted)
+
+
+def _settle(engine: CopyEngine, marks: Iterable[Mark]) -> None:
+    for mark in marks:
+        engine.settle(mark)
 
 
 def _plain(tile: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from streamcnn.stores.frontier import Frontier
 from streamcnn.stores.spare_files import SpareFiles
 from streamcnn.stores.spill import remove_with
 from streamcnn.stores.strips import Block, Strips
-from streamcnn.stores.transfers import Incoming, Transfers
+from streamcnn.stores.transfers import Incoming, Place, Transfers
 from streamcnn.support.disk import writing
 
 # Zarr has no bfloat16: its bit pattern is kept. The other names are NumPy's and Zarr's alike.
@@ -128,7 +128,7 @@ class ZarrStore(Store):
         return self._reserve(region).tile()
 
     def _reserve(self, region: Region) -> Incoming:
-        self._transfers.settle(self)
+        self._transfers.settle(Place(self, region))
         shape, on_host = self.spec.tile_shape(region), partial(self._on_host, region)
         return self._transfers.bring(shape, self.spec.dtype, on_host, wanted=self._layout)
 
@@ -153,7 +153,7 @@ class ZarrStore(Store):
             self._update(region, found, adds=False)
             self._mark(region)
 
-        self._transfers.take(self, tile, self.spec.dtype, finish, is_final=may_keep)
+        self._transfers.take(Place(self, region), tile, self.spec.dtype, finish, is_final=may_keep)
 
     def _add(self, region: Region, tile: Tensor, *, may_keep: bool) -> None:
         self._layout = layout(tile)
@@ -163,7 +163,7 @@ class ZarrStore(Store):
                 self._update(part, crop(found, self.spec.axes, region, part), adds=holds)
             self._mark(region)
 
-        self._transfers.take(self, tile, self.spec.dtype, finish, is_final=may_keep)
+        self._transfers.take(Place(self, region), tile, self.spec.dtype, finish, is_final=may_keep)
 
     def _claim(self, region: Region) -> list[tuple[Region, bool]]:
         """Split ``region`` into parts, each with whether something was written there.
@@ -184,6 +184,8 @@ class ZarrStore(Store):
         self._update(region, zero.expand(self.spec.tile_shape(region)), adds=False)
 
     def _free(self) -> None:
+        # Tiles that are still on their way are written to the file.
+        self._transfers.settle(Place(self, self._whole))
         self._close_file()
         try:
             if self._spares is not None:
