@@ -19,7 +19,7 @@ from streamcnn.plan.plan import PassPart
 from streamcnn.plan.reading import NO_READING, BatchCost, ReadingCost
 from streamcnn.plan.storage import Tier
 from streamcnn.plan.stored_bytes import StoredBytes
-from streamcnn.planning import candidates, memory_model, search
+from streamcnn.planning import candidates, memory_model
 from streamcnn.planning.backends import Backend, CpuBackend
 from streamcnn.planning.candidates import TilingCandidates
 from streamcnn.planning.cost_model import MapTraffic, Tiers
@@ -363,15 +363,17 @@ def test_more_memory_is_never_slower(name: str) -> None:
 
 # timm asks for a deprecated annotation when it is imported.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_for_long_passes_the_best_of_several_orders_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_of_maps_find_faster_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     timm = pytest.importorskip("timm")
     program, wanted = traced(timm.create_model("mobilenetv3_large_100"), (1, 3, 1000, 1000))
     tilings = TilingCandidates(program, wanted, CPU, None, BACKEND)
 
-    def seconds(budget: int, long: float) -> float:
-        monkeypatch.setattr(search, "_LONG", long)
-        return found_by(Search(tilings, budget * MIB, (OffloadTier(Tier.DISK),))).seconds
+    def seconds() -> list[float]:
+        searches = [Search(tilings, budget * MIB, (OffloadTier(Tier.DISK),)) for budget in (150, 180, 200)]
+        return [found_by(search).seconds for search in searches]
 
-    both = [(seconds(budget, long=0), seconds(budget, long=1000)) for budget in (180, 200, 230)]
-    assert all(several <= one for several, one in both)
-    assert any(several < one for several, one in both)
+    in_pairs = seconds()
+    monkeypatch.setattr(Search, "_moved_in_pairs", lambda self, found: found)
+    gains = [1 - after / before for before, after in zip(seconds(), in_pairs, strict=True)]
+    assert min(gains) >= 0
+    assert max(gains) > 0.001, gains

@@ -6,7 +6,7 @@ these, phases are independent of each other: each takes the tiles with the least
 fit into what the budget leaves at that point. The search is over solutions. It first offloads the maps that
 are cheapest to offload: as few as make the plan fit, or a few more. If the disk has no room for them,
 `within_disk` takes some off it. Then it keeps, offloads, drops or recomputes maps instead, one by one,
-wherever that is faster. For long passes it does so in several orders and takes the best result.
+wherever that is faster, and last in pairs, where one map makes room for the other.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
-from typing import Any
 
 import numpy as np
 
@@ -46,16 +45,16 @@ _LEAST_GAIN = 1e-3
 """Share of a pass's time that is worth looking for at one map."""
 _LEAST_ROUND = 1e-2
 """Share of a pass's time that a round must save for another one to be worth its time."""
-_LONG = 10.0
-"""Seconds that a pass must take for a faster plan to be worth some more seconds of planning."""
 _RECOMPUTED_BACKWARD = 4
 """Passes over a map's operators that recomputing it adds at least, if its readers differentiate them too."""
 _NO_LIMIT = 2**62
 """More reusable bytes than any step has."""
 _SOLUTIONS = 256
 """Solutions of programs with few stored maps that are cached, as moves of pairs of maps meet them again."""
-_WITHOUT_CEILING = (Policy.KEEP, Policy.DROP, Policy.RECOMPUTE)
-"""Policies that may be the fastest where memory has room for every map: moving one saves no time."""
+_ON_THE_DEVICE = (Policy.KEEP, Policy.DROP, Policy.RECOMPUTE)
+"""Policies under which a map is not moved to another tier."""
+_AWAY = (Policy.DROP, Policy.RECOMPUTE, Policy.OFFLOAD_VALUES)
+"""Policies that free memory of the device."""
 _TABLES = 16
 """Tables that are cached, as the search alternates between a staging and one with a stored map less."""
 
@@ -135,8 +134,8 @@ class Search:
         """Bytes that may be on disk at one time; None for any number."""
         self._ways = (False,) if tilings.backend.keeps_blocks else (True, False)
         """Values to try for whether freed blocks are kept for reuse."""
-        self._policies = tuple(Policy) if budget is not None else _WITHOUT_CEILING
-        """Policies to try for a map."""
+        self._policies = tuple(Policy) if budget is not None else _ON_THE_DEVICE
+        """Policies to try for a map: where memory has room for every map, moving one saves no time."""
         kinds = (Kind.GATHER, Kind.RESULT)
         self._gathers = [node for node in self.program.nodes.values() if node.kind in kinds]
         self._results = frozenset(self.program.results.values())
@@ -154,29 +153,22 @@ class Search:
     def improved(self, found: Solution) -> Solution:
         """Change the policies of maps in ``found``, for room on disk and for speed.
 
-        Maps are visited from the last to the first, and for long passes also from the first to the last and
-        from the largest to the smallest: the best policy for a map depends on those chosen before, so each
-        order gives another result. Where few maps can be stored, pairs of them are changed together too.
+        The best policy for a map depends on those of the others. So pairs of maps are changed together too:
+        all of them where few maps can be stored, and elsewhere those of which one makes room for the other.
         """
         if not found.fits:
             return found
-        start = within_disk(self, found)
-        place, nodes = self.program.position, self.program.nodes
-        best = self._moved_in_order(start, lambda name: -place(name))
-        if best.seconds > _LONG and len(start.base.stored) > THOROUGH:
-            orders = (place, lambda name: (-nodes[name].nbytes, name))
-            others = (self._moved_in_order(start, order) for order in orders)
-            best = min((best, *others), key=lambda each: each.rank)
-        return best
+        best = self._moved_in_turn(within_disk(self, found))
+        return best if len(best.base.stored) <= THOROUGH else self._moved_in_pairs(best)
 
-    def _moved_in_order(self, found: Solution, order: Callable[[str], Any]) -> Solution:
-        """Give each map in turn the fastest policy, and repeat until nothing changes or rounds run out."""
+    def _moved_in_turn(self, found: Solution) -> Solution:
+        """Give each map the fastest policy, from the last to the first, in rounds until nothing changes."""
         thorough = len(found.base.stored) <= THOROUGH
         # By move: the solution from which it was tried last. From the same one it finds nothing new.
         looked: dict[tuple[str, ...], Solution] = {}
         for _ in range(THOROUGH if thorough else ROUNDS):
             before = found
-            names = sorted(found.base.stored, key=order)
+            names = sorted(found.base.stored, key=self.program.position, reverse=True)
             for moved in (*((name,) for name in names), *(combinations(names, 2) if thorough else ())):
                 if looked.get(moved) is not found:
                     looked[moved] = found
@@ -186,6 +178,22 @@ class Search:
             if found is before or (not thorough and gained < _LEAST_ROUND * found.seconds):
                 break
         return found
+
+    def _moved_in_pairs(self, found: Solution) -> Solution:
+        """Bring offloaded maps back, drop or recompute them, each with a second map that makes room for it.
+
+        The second one need not lose more time than larger tiles with its bytes may save.
+        """
+        best = found
+        names = sorted(found.base.stored, key=self.program.position, reverse=True)
+        for first in (name for name in names if name in found.policies.offloaded):
+            for alone in self.moved(best, (first,), thorough=True, policies=_ON_THE_DEVICE):
+                best, lost = min((best, alone), key=lambda each: each.rank), alone.seconds - best.seconds
+                for second in (name for name in names if name != first and alone.policies.keeps(name)):
+                    if self._saved_without(alone, second) > lost:
+                        both = self.moved(alone, (second,), thorough=False, policies=_AWAY)
+                        best = min((best, *both), key=lambda each: each.rank)
+        return best
 
     def moved(
         self,
@@ -202,7 +210,7 @@ class Search:
             if changed == found.policies and not thorough:
                 # This is ``found`` itself.
                 continue
-            if all(self._is_possible(found, n, policy, thorough) for n, policy in moves.items()):
+            if all(self._is_possible(found, n, policy, thorough=thorough) for n, policy in moves.items()):
                 several = thorough and not changed.offloaded
                 for reuses_blocks in self._ways if several else (found.reuses_blocks,):
                     yield self._known_or_new(found.base, changed, reuses_blocks)
@@ -215,7 +223,7 @@ class Search:
             return make()
         return self._solutions.get((base, policies, reuses_blocks), make)
 
-    def _is_possible(self, found: Solution, name: str, policy: Policy, thorough: bool) -> bool:
+    def _is_possible(self, found: Solution, name: str, policy: Policy, *, thorough: bool) -> bool:
         """Whether a map may have a policy and, unless ``thorough``, whether that may save time."""
         match policy:
             case Policy.KEEP:
