@@ -33,10 +33,6 @@ class Interval:
         """Number of integers in the interval."""
         return self.stop - self.start
 
-    def hull(self, other: Interval) -> Interval:
-        """The smallest interval that holds both."""
-        return Interval(min(self.start, other.start), max(self.stop, other.stop))
-
     def intersect(self, other: Interval) -> Interval:
         """The common part; an interval of size 0 if there is none."""
         start = max(self.start, other.start)
@@ -72,10 +68,6 @@ class Region(NamedTuple):
     def size(self) -> tuple[int, int]:
         """Extents (H, W)."""
         return (self.rows.size, self.cols.size)
-
-    def hull(self, other: Region) -> Region:
-        """The smallest region that holds both."""
-        return Region(self.rows.hull(other.rows), self.cols.hull(other.cols))
 
     def contains(self, other: Region) -> bool:
         """Whether ``other`` lies inside."""
