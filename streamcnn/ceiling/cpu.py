@@ -30,7 +30,6 @@ import os
 import sys
 import threading
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Self
 
 from streamcnn.ceiling.allocator import free_matrix_buffers, set_mmap_threshold
@@ -152,12 +151,7 @@ class DataLimit:
     def __enter__(self) -> Self:
         return undoing(self._enter, self.close)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         cleaning_up(self.close, self.close)
         if error is None:
             self._gauge.raise_error()

@@ -14,7 +14,6 @@ import functools
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -127,12 +126,7 @@ class CudaLimit:
     def __enter__(self) -> Self:
         return undoing(self._enter, self.close)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         cleaning_up(self.close, self.close)
         if error is None:
             self._sampler.raise_error()

@@ -9,7 +9,6 @@ import tempfile
 import warnings
 import weakref
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from streamcnn.stores.owners import abandoned, new_name
@@ -125,10 +124,5 @@ class SpillFolder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
