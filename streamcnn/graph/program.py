@@ -10,7 +10,7 @@ import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch.utils import _pytree as pytree
@@ -77,15 +77,11 @@ class Kind(Enum):
     """A parameter, buffer or constant of the user's module."""
 
 
-@dataclass(frozen=True, slots=True)
-class Access:
+class Access(NamedTuple):
     """How a local operator reads one of its map operands, per axis (rows, columns)."""
 
-    rows: AxisMap = field(default_factory=Same)
-    cols: AxisMap = field(default_factory=Same)
-
-    def __iter__(self) -> Iterator[AxisMap]:
-        return iter((self.rows, self.cols))
+    rows: AxisMap = Same()
+    cols: AxisMap = Same()
 
 
 @dataclass(frozen=True, slots=True)

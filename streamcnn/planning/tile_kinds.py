@@ -84,11 +84,10 @@ class _Geometry:
         out = result = needed[node.name]
         self.parts[node.name], self.windows[node.name] = {}, {}
         for index, (name, access) in enumerate(_map_operands(node)):
-            axis_map = (access.rows, access.cols)[axis]
-            part = axis_map.required_each(out, program.nodes[name].size[axis])
-            window = part if node.local.fill is None else axis_map.window(out)
+            part = access[axis].required_each(out, program.nodes[name].size[axis])
+            window = part if node.local.fill is None else access[axis].window(out)
             if index == 0 and node.local.fill is None and not node.local.positional:
-                result = axis_map.result(part, out)
+                result = access[axis].result(part, out)
             self.parts[node.name][name] = part.shift(-needed[name].start)
             self.windows[node.name][name] = window.shift(-needed[name].start)
         self.results[node.name] = result.shift(-out.start)

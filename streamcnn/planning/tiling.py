@@ -150,11 +150,9 @@ class AxisGrid:
         for name in reversed(outline.stage.nodes):
             accesses = _accesses(outline.program, name)
             for access in accesses.values():
-                axis_map = (access.rows, access.cols)[axis]
-                needed[name] = axis_map.computed_each(needed[name], nodes[name].size[axis])
+                needed[name] = access[axis].computed_each(needed[name], nodes[name].size[axis])
             for operand, access in accesses.items():
-                axis_map = (access.rows, access.cols)[axis]
-                part = axis_map.required_each(needed[name], nodes[operand].size[axis])
+                part = access[axis].required_each(needed[name], nodes[operand].size[axis])
                 needed[operand] = needed[operand].hull(part) if operand in needed else part
         sizes = np.array([intervals.sizes for intervals in needed.values()])
         sizes = sizes.reshape(len(needed), sum(counts))
