@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from streamcnn.execution.compiler import Candidate, Compile, Placement, Placements, Run, refuse_opaque
+from streamcnn.execution.compiler import Candidate, Compile, Layout, Layouts, Run, refuse_opaque
 from streamcnn.execution.global_graph import SegmentCall, evaluate
 from streamcnn.graph.autocast import autocast
 from streamcnn.graph.program import Kind, Program
@@ -25,7 +25,7 @@ class _Kind(NamedTuple):
 
     level: int
     grad: bool
-    inputs: Placements
+    inputs: Layouts
 
 
 class CompiledSegments:
@@ -85,7 +85,7 @@ class CompiledSegments:
 
 
 def _kind(segment: Segment, inputs: Sequence[Tensor]) -> _Kind:
-    return _Kind(segment.level, torch.is_grad_enabled(), tuple(map(Placement.of, inputs)))
+    return _Kind(segment.level, torch.is_grad_enabled(), tuple(map(Layout.of, inputs)))
 
 
 class _SegmentModule(nn.Module):

@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from streamcnn.execution.backward_tile import told_apart
-from streamcnn.execution.compiler import Candidate, Compile, Placement, Placements, refuse_opaque
+from streamcnn.execution.compiler import Candidate, Compile, Layout, Layouts, refuse_opaque
 from streamcnn.execution.eager import compute_eagerly
 from streamcnn.execution.step import Compute, Computed, Step
 from streamcnn.graph.autocast import autocast
@@ -81,29 +81,29 @@ class _Kind:
     """The computation of one kind of tile."""
 
     step: Step
-    met: Counter[Placements] = field(default_factory=Counter)
+    met: Counter[Layouts] = field(default_factory=Counter)
     """How often inputs of each layout were met for which compiling was not tried yet."""
-    tried: set[Placements] = field(default_factory=set)
-    compiled: dict[Placements, Compute] = field(default_factory=dict)
+    tried: set[Layouts] = field(default_factory=set)
+    compiled: dict[Layouts, Compute] = field(default_factory=dict)
 
     def compute(self, inputs: list[Tensor]) -> Iterable[Computed]:
         """The step's outputs."""
-        placements = tuple(map(Placement.of, inputs))
-        if placements in self.compiled:
-            return self.compiled[placements](inputs)
-        if placements not in self.tried:
-            self.met[placements] += 1
+        layouts = tuple(map(Layout.of, inputs))
+        if layouts in self.compiled:
+            return self.compiled[layouts](inputs)
+        if layouts not in self.tried:
+            self.met[layouts] += 1
         return compute_eagerly(self.step)(inputs)
 
     def compile(
-        self, inputs: Placements, device: torch.device, casts: torch.dtype | None, compile_module: Compile
+        self, inputs: Layouts, device: torch.device, casts: torch.dtype | None, compile_module: Compile
     ) -> None:
         """Compile the step for inputs of these layouts. This is tried once, whether it succeeds or not."""
         self.tried.add(inputs)
         self.compiled[inputs] = _compiled(self.step, inputs, device, casts, compile_module)
 
 
-def _commonest(kinds: list[_Kind]) -> list[tuple[_Kind, Placements]]:
+def _commonest(kinds: list[_Kind]) -> list[tuple[_Kind, Layouts]]:
     """The kinds and layouts that a phase met most often in one direction, up to the number compiled."""
     met = [(count, kind, inputs) for kind in kinds for inputs, count in list(kind.met.items())]
     for kind in kinds:
@@ -115,7 +115,7 @@ def _commonest(kinds: list[_Kind]) -> list[tuple[_Kind, Placements]]:
 
 def _compiled(
     step: Step,
-    inputs: Placements,
+    inputs: Layouts,
     device: torch.device,
     casts: torch.dtype | None,
     compile_module: Compile,

@@ -13,7 +13,7 @@ from streamcnn.graph.costs import cost_of
 from streamcnn.graph.program import Node
 
 
-class Placement(NamedTuple):
+class Layout(NamedTuple):
     """A tensor's layout in memory, and whether autograd follows it."""
 
     shape: torch.Size
@@ -23,8 +23,8 @@ class Placement(NamedTuple):
     requires_grad: bool
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Placement:
-        """The placement of a tensor."""
+    def of(cls, tensor: Tensor) -> Layout:
+        """The layout of a tensor."""
         return cls(tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
 
     def empty(self) -> Tensor:
@@ -34,7 +34,7 @@ class Placement(NamedTuple):
         )
 
 
-Placements: TypeAlias = tuple[Placement, ...]
+Layouts: TypeAlias = tuple[Layout, ...]
 Run: TypeAlias = Callable[..., Sequence[Tensor]]
 """Takes tensors as arguments and returns a list or tuple of tensors."""
 Compile: TypeAlias = Callable[[nn.Module, list[Tensor]], Run]
