@@ -66,6 +66,10 @@ def evaluate(node: Node, value_of: Callable[[str], Any]) -> Any:
         return target(*args, **kwargs)
 
 
+_Place = tuple[str, int]
+"""A leaf's name and 0, or a barrier's name and the index of one of its results."""
+
+
 @dataclass(slots=True)
 class _Record:
     """A segment's autograd graph between forward and backward."""
@@ -75,6 +79,16 @@ class _Record:
     barriers: dict[str, Results] = field(default_factory=dict)
     """Results of reductions and gathered maps, by name."""
     values: dict[str, Any] = field(default_factory=dict)
+
+    def starts(self) -> dict[_Place, Tensor]:
+        """Leaves and results of barriers that have gradients."""
+        leaves = (((name, 0), leaf) for name, leaf in self.leaves.items())
+        results = (
+            ((name, index), result)
+            for name, each in self.barriers.items()
+            for index, result in enumerate(each)
+        )
+        return {place: tensor for place, tensor in chain(leaves, results) if tensor.requires_grad}
 
 
 class _Ending(torch.autograd.Function):
@@ -236,32 +250,30 @@ class GlobalGraph:
             for name, value in record.values.items()
             if name in self.gradients and value.requires_grad
         ]
-        flat = [(name, leaf) for name, leaf in record.leaves.items() if leaf.requires_grad]
-        barriers = [
-            (name, index, leaf)
-            for name, results in record.barriers.items()
-            for index, leaf in enumerate(results)
-            if leaf.requires_grad
-        ]
-        inputs = [leaf for _, leaf in flat] + [leaf for *_, leaf in barriers]
-        if not ends or not inputs:
+        starts = record.starts()
+        if not ends or not starts:
             return {}
         outputs, gradients = zip(*ends, strict=True)
         # So that what autograd has saved can be freed as soon as it has been used.
         record.values.clear()
         ends.clear()
-        found = torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
-        for (name, _), gradient in zip(flat, found, strict=False):
-            self.accumulate(name, gradient)
+        found = torch.autograd.grad(outputs, [*starts.values()], gradients, allow_unused=True)
+        return self._hand_on(record, dict(zip(starts, found, strict=True)))
+
+    def _hand_on(self, record: _Record, found: Mapping[_Place, Tensor | None]) -> dict[str, Tensor]:
+        """Keep the gradients of a segment's leaves and reductions; return those of its gathers by name."""
+        for name in record.leaves:
+            self.accumulate(name, found.get((name, 0)))
         gathered: dict[str, Tensor] = {}
-        for name, gradients in _by_barrier(record, barriers, found[len(flat) :]).items():
+        for name, results in record.barriers.items():
+            gradients = tuple(found.get((name, index)) for index in range(len(results)))
             node = self.program.nodes[name]
-            if node.reduction is not None:
-                results = [leaf.detach() for leaf in record.barriers[name]]
+            if node.reduction is None:
+                gathered.update((name, each) for each in gradients if each is not None)
+            elif any(each is not None for each in gradients):
                 dtype = self.program.nodes[node.operands[0]].tensor.dtype
-                self.gradient_terms[name] = node.reduction.gradient_terms(results, gradients, dtype)
-            elif gradients[0] is not None:
-                gathered[name] = gradients[0]
+                detached = [leaf.detach() for leaf in results]
+                self.gradient_terms[name] = node.reduction.gradient_terms(detached, gradients, dtype)
         return gathered
 
 
@@ -289,13 +301,3 @@ def last_uses(program: Program, levels: Mapping[str, int]) -> LastUses:
         if program.nodes[name].kind in (Kind.GLOBAL, Kind.GATHER, Kind.REDUCTION) and name not in asked:
             dead.setdefault(reader, []).append(name)
     return {reader: tuple(names) for reader, names in dead.items()}
-
-
-def _by_barrier(
-    record: _Record, barriers: list[tuple[str, int, Tensor]], found: tuple[Tensor | None, ...]
-) -> dict[str, tuple[Tensor | None, ...]]:
-    grouped: dict[str, list[Tensor | None]] = {}
-    for (name, index, _), gradient in zip(barriers, found, strict=True):
-        slots = grouped.setdefault(name, [None] * len(record.barriers[name]))
-        slots[index] = gradient
-    return {name: tuple(slots) for name, slots in grouped.items() if any(g is not None for g in slots)}
