@@ -39,31 +39,12 @@ class Streamed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        run: Pass | None = ctx.run
-        if run is None:
-            raise RuntimeError(
-                "this streamed output has been differentiated already and its stores are freed: "
-                "pass retain_graph=True to the first backward(), or run the forward pass again"
-            )
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "a streamed pass can only be differentiated once: call backward() or grad() without "
-                "create_graph=True"
-            )
+        run = _run_of(ctx)
         refuse_many_gradients(grads)
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.run = None
         anchors = ctx.saved_tensors[: len(ctx.needs_input_grad) - 1]
-        if ctx.places != [anchor.data_ptr() for anchor in run.anchors]:
-            raise RuntimeError(
-                "the .data of a parameter was replaced between forward and backward: run the "
-                "forward pass again"
-            )
-        if ctx.arrays and ctx.arrays != (present := arrays_read_again(run)):
-            raise RuntimeError(
-                f"{_changed(ctx.arrays, present)} was changed between forward and backward, which "
-                "reads it once more: leave it as it is until then, or give each pass a copy"
-            )
+        _refuse_changes(ctx, run)
         # Tiles are computed again, which autograd has to follow.
         with saved_tensors_hooks_aside(), torch.inference_mode(False):
             arriving = {
@@ -72,15 +53,54 @@ class Streamed(torch.autograd.Function):
                 if gradient is not None
             }
             found = run.backward(arriving)
-        image, current = run.current.program.image, run.current
-        leaves = (*current.leaf_states, *((image,) if image in current.plan.differentiated else ()))
-        for name, anchor in zip(leaves, anchors, strict=True):
-            if name in run.current.program.zeroed:
-                found[name] = torch.zeros_like(anchor)
-        gradients = (found.get(name) for name in leaves)
+        program, differentiated = run.current.program, run.current.plan.differentiated
+        leaves = (*run.current.leaf_states, *{program.image}.intersection(differentiated))
+        by_anchor = dict(zip(leaves, anchors, strict=True))
+        found |= {name: torch.zeros_like(by_anchor[name]) for name in program.zeroed & by_anchor.keys()}
         # The image may be on the host while its gradient was summed where the model is.
-        on_device = zip(gradients, anchors, strict=True)
-        return None, *(None if g is None else g.to(anchor.device) for g, anchor in on_device)
+        gradients = ((found.get(name), anchor.device) for name, anchor in by_anchor.items())
+        return None, *(None if gradient is None else gradient.to(place) for gradient, place in gradients)
+
+
+def _run_of(ctx: Any) -> Pass:
+    """The pass to differentiate.
+
+    Raises
+    ------
+    RuntimeError
+        If its stores are freed, or it is to be differentiated twice.
+    """
+    run: Pass | None = ctx.run
+    if run is None:
+        raise RuntimeError(
+            "this streamed output has been differentiated already and its stores are freed: "
+            "pass retain_graph=True to the first backward(), or run the forward pass again"
+        )
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "a streamed pass can only be differentiated once: call backward() or grad() without "
+            "create_graph=True"
+        )
+    return run
+
+
+def _refuse_changes(ctx: Any, run: Pass) -> None:
+    """Check what the pass reads again and autograd does not watch.
+
+    Raises
+    ------
+    RuntimeError
+        If it was changed since the forward pass.
+    """
+    if ctx.places != [anchor.data_ptr() for anchor in run.anchors]:
+        raise RuntimeError(
+            "the .data of a parameter was replaced between forward and backward: run the forward pass again"
+        )
+    if ctx.arrays and ctx.arrays != (present := arrays_read_again(run)):
+        raise RuntimeError(
+            f"{_changed(ctx.arrays, present)} was changed between forward and backward, which "
+            "reads it once more: leave it as it is until then, or give each pass a copy"
+        )
 
 
 def _changed(before: list[tuple[str, bytes]], present: list[tuple[str, bytes]]) -> str:
