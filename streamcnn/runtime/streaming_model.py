@@ -89,6 +89,11 @@ class StreamingModel(ModuleFacade):
     torch.Size([1, 8, 1, 1])
     """
 
+    _passes: Passes
+    _call: ForwardPass
+    _losses: LossCalls
+    _predictions: PredictionCalls
+
     def __init__(
         self,
         net: nn.Module,
@@ -113,24 +118,16 @@ class StreamingModel(ModuleFacade):
         self._spare_files = SpareFiles()
         self.spare_pinned = SparePinned()
         """Host memory that passes on a GPU have left for the maps of the next one."""
-        self._forget_captures()
         super().__init__(net)
         # Before the model is moved: once it is on a GPU, the GPU is not idle.
         record_idle_memory()
         if device is not None:
             self.to(device)
 
-    def _forget_captures(self) -> None:
-        """Begin without captured calls and plans."""
-        self._passes = Passes()
-        self._call = ForwardPass()
-        self._losses = LossCalls()
-        self._predictions = PredictionCalls()
-
     def _stand_in_for(self, net: nn.Module) -> None:
         super()._stand_in_for(net)
         # A streamed loss's captured calls hold the net itself.
-        self._forget_captures()
+        self.__dict__.update(_no_captures())
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Options may be set between passes, in the same forms as in the constructor.
@@ -143,10 +140,7 @@ class StreamingModel(ModuleFacade):
         emptied: dict[str, Any] = {
             "_spare_files": SpareFiles(),
             "spare_pinned": SparePinned(),
-            "_passes": Passes(),
-            "_call": ForwardPass(),
-            "_losses": LossCalls(),
-            "_predictions": PredictionCalls(),
+            **_no_captures(),
             "last_report": None,
             "observer": None,
         }
@@ -480,3 +474,13 @@ class StreamingModel(ModuleFacade):
         reader = BatchReader(image, device, self.preprocess)
         call = ModuleCall(net, forward_pass, Arguments.of(args, kwargs, reader.device))
         return self._passes.run(self, call, image, reader, keep)
+
+
+def _no_captures() -> dict[str, Any]:
+    """The attributes of a model that hold captured calls and plans, without any."""
+    return {
+        "_passes": Passes(),
+        "_call": ForwardPass(),
+        "_losses": LossCalls(),
+        "_predictions": PredictionCalls(),
+    }
