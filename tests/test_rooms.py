@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -45,15 +46,25 @@ def second_version(root: Path, limit: str, used: int, path: str = "/pod/box") ->
     return root / "membership"
 
 
+@contextmanager
+def groups_in(root: Path, membership: Path) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rooms, "CGROUPS", root)
+        patch.setattr(rooms, "MEMBERSHIP", membership)
+        yield
+
+
 def room_of(root: Path, membership: Path) -> Room | None:
-    return host_room(cgroups=root, membership=membership)
+    with groups_in(root, membership):
+        return host_room()
 
 
 def test_host_memory_is_the_ram_or_less_where_a_group_is_limited(tmp_path: Path) -> None:
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit, expected in (("max", ram), (str(1000 * MIB), 1000 * MIB), (str(2**61), ram)):
         membership = second_version(tmp_path, limit, 700 * MIB)
-        assert host_memory_bytes(cgroups=tmp_path, membership=membership) == expected
+        with groups_in(tmp_path, membership):
+            assert host_memory_bytes() == expected
 
 
 @pytest.mark.parametrize(
@@ -61,14 +72,14 @@ def test_host_memory_is_the_ram_or_less_where_a_group_is_limited(tmp_path: Path)
     [("0", "10", 75 * MIB), (str(30 * MIB), "0", 30 * MIB), (str(4000 * MIB), "0", 750 * MIB), ("0", "0", 0)],
 )
 def test_as_many_bytes_of_files_are_buffered_as_the_kernel_holds_back(
-    tmp_path: Path, fixed: str, percent: str, expected: int
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fixed: str, percent: str, expected: int
 ) -> None:
-    membership = second_version(tmp_path, str(1000 * MIB), 700 * MIB)
     settings = tmp_path / "vm"
-    found = partial(buffered_file_bytes, cgroups=tmp_path, membership=membership, settings=settings)
-    assert found() == 0
-    write(settings, dirty_background_bytes=fixed + "\n", dirty_background_ratio=percent + "\n")
-    assert found() == expected
+    monkeypatch.setattr(rooms, "VIRTUAL_MEMORY", settings)
+    with groups_in(tmp_path, second_version(tmp_path, str(1000 * MIB), 700 * MIB)):
+        assert buffered_file_bytes() == 0
+        write(settings, dirty_background_bytes=fixed + "\n", dirty_background_ratio=percent + "\n")
+        assert buffered_file_bytes() == expected
 
 
 def test_a_group_of_the_second_version_leaves_its_limit_less_what_it_must_keep(

@@ -19,8 +19,11 @@ from streamcnn.ceiling.process import status_bytes
 from streamcnn.support.units import format_bytes
 
 CGROUPS = Path("/sys/fs/cgroup")
+"""The folder of the control groups."""
 MEMBERSHIP = Path("/proc/self/cgroup")
+"""The file that lists this process's groups."""
 VIRTUAL_MEMORY = Path("/proc/sys/vm")
+"""The folder of the kernel's settings of virtual memory."""
 _OFFLOAD_SHARE = 0.75
 """The part of the host's RAM that maps or files may take; the rest is for everything else."""
 _NO_LIMIT = 2**62
@@ -72,73 +75,49 @@ def rounded_down(nbytes: int) -> int:
     return nbytes // step * step
 
 
-def host_room(*, cgroups: Path | None = None, membership: Path | None = None) -> Room | None:
-    """The smallest room that any limit leaves; None where nothing is limited.
-
-    Parameters
-    ----------
-    cgroups
-        The folder of the control groups; ``/sys/fs/cgroup`` if None.
-    membership
-        The file that lists this process's groups; ``/proc/self/cgroup`` if None.
-    """
-    rooms = list(_rooms(cgroups or CGROUPS, membership or MEMBERSHIP))
+def host_room() -> Room | None:
+    """The smallest room that any limit leaves; None where nothing is limited."""
+    rooms = list(_rooms())
     if rooms:
         # Every pass does this first, so it is no part of a plan.
         start_thread_pool()
         cache_thread_stack()
         trim_heap()
-        rooms = list(_rooms(cgroups or CGROUPS, membership or MEMBERSHIP))
+        rooms = list(_rooms())
     return min(rooms, key=lambda room: room.nbytes, default=None)
 
 
-def host_memory_bytes(*, cgroups: Path | None = None, membership: Path | None = None) -> int:
-    """Bytes of the host's RAM or, if less, the lowest limit of a control group, in use or not.
-
-    Parameters are those of `host_room`.
-    """
+def host_memory_bytes() -> int:
+    """Bytes of the host's RAM or, if less, the lowest limit of a control group, in use or not."""
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for files, folder in _groups(cgroups or CGROUPS, membership or MEMBERSHIP):
+    for files, folder in _groups():
         limit = _number(folder / files.limit)
         found += [] if limit is None else [limit]
     return min(found)
 
 
-def host_offload_bytes(*, cgroups: Path | None = None, membership: Path | None = None) -> int:
-    """Bytes of the host's RAM that maps offloaded from a GPU, or files of maps, may take.
-
-    Parameters are those of `host_memory_bytes`.
-    """
-    return int(_OFFLOAD_SHARE * host_memory_bytes(cgroups=cgroups, membership=membership))
+def host_offload_bytes() -> int:
+    """Bytes of the host's RAM that maps offloaded from a GPU, or files of maps, may take."""
+    return int(_OFFLOAD_SHARE * host_memory_bytes())
 
 
-def buffered_file_bytes(
-    *, cgroups: Path | None = None, membership: Path | None = None, settings: Path | None = None
-) -> int:
+def buffered_file_bytes() -> int:
     """Bytes of files that the system buffers in RAM before it begins to write them, so that no writer waits.
 
-    Parameters
-    ----------
-    cgroups, membership
-        As for `host_memory_bytes`.
-    settings
-        The folder of the kernel's settings of virtual memory; ``/proc/sys/vm`` if None.
-
-    Notes
-    -----
     Writers past halfway from ``dirty_background_bytes`` to ``dirty_bytes``, or the ratios, wait for the disk
     (Linux, Documentation/admin-guide/sysctl/vm.rst). Without these files it is 0.
     """
-    settings = settings or VIRTUAL_MEMORY
-    memory = host_offload_bytes(cgroups=cgroups, membership=membership)
-    fixed, percent = (_number(settings / f"dirty_background_{unit}") or 0 for unit in ("bytes", "ratio"))
+    memory = host_offload_bytes()
+    fixed, percent = (
+        _number(VIRTUAL_MEMORY / f"dirty_background_{unit}") or 0 for unit in ("bytes", "ratio")
+    )
     return min(fixed or memory * percent // 100, memory)
 
 
-def _rooms(cgroups: Path, membership: Path) -> Iterator[Room]:
+def _rooms() -> Iterator[Room]:
     yield from _own_rooms()
-    for file, folder in _groups(cgroups, membership):
-        room = _group_room(file, folder)
+    for files, folder in _groups():
+        room = _group_room(files, folder)
         if room is not None:
             yield room
 
@@ -179,21 +158,20 @@ _FIRST = _Files(
 _SECOND = _Files("memory.max", "memory.current", ("inactive_file", "active_file"))
 
 
-def _groups(cgroups: Path, membership: Path) -> Iterator[tuple[_Files, Path]]:
+def _groups() -> Iterator[tuple[_Files, Path]]:
     """Folders of the process's groups and of their parents, each with the names of its files."""
     try:
-        lines = membership.read_text().splitlines()
+        lines = MEMBERSHIP.read_text().splitlines()
     except FileNotFoundError:
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if not controllers:
-            has_first = not (cgroups / "cgroup.controllers").exists()
-            yield from (
-                (_SECOND, each) for each in _levels(cgroups / "unified" if has_first else cgroups, path)
-            )
+            has_first = not (CGROUPS / "cgroup.controllers").exists()
+            root = CGROUPS / "unified" if has_first else CGROUPS
+            yield from ((_SECOND, each) for each in _levels(root, path))
         elif "memory" in controllers.split(","):
-            yield from ((_FIRST, each) for each in _levels(cgroups / "memory", path))
+            yield from ((_FIRST, each) for each in _levels(CGROUPS / "memory", path))
 
 
 def _levels(root: Path, path: str) -> Iterator[Path]:
