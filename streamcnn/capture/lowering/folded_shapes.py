@@ -45,8 +45,24 @@ def regrouping(
     axes takes the new axes. A group whose spatial axes become one axis with others stays, as a run. A spatial
     axis that is split, or merged with axes after it, is left to the rule of reshape.
     """
+    groups = _groups(before, axes, after)
+    if groups is None:
+        return None
     extents: list[int] = []
     runs: list[int] = []
+    for old, new in groups:
+        spatial = [axis - old.start for axis in axes if old.start <= axis < old.stop]
+        found = _of_group(before[old], after[new], spatial)
+        if found is None:
+            return None
+        extents += found[0]
+        runs += found[1]
+    return tuple(extents), tuple(runs)
+
+
+def _groups(before: Sequence[int], axes: Axes, after: Sequence[int]) -> list[tuple[slice, slice]] | None:
+    """The groups of axes of both shapes, in order; None if the shapes have other numbers of elements."""
+    found: list[tuple[slice, slice]] = []
     i = k = 0
     while i < len(before) or k < len(after):
         first, start = i, k
@@ -65,26 +81,27 @@ def regrouping(
                     k += 1
                 else:
                     return None
-        spatial = [axis for axis in axes if first <= axis < i]
-        if spatial and k - start == 1 and (len(spatial) > 1 or spatial[0] > first):
-            extents += before[first:i]
-            runs.append(i - first)
-        elif spatial and (len(spatial) > 1 or spatial[0] > first):
-            parts = _parts(before[first:i], after[start:k], [axis - first for axis in spatial])
-            if parts is not None:
-                extents += [extent for part in parts for extent in part]
-                runs += [len(part) for part in parts]
-                continue
-            inner = math.prod(after[start + 1 : k])
-            if spatial != [i - 1] or before[i - 1] % inner:
-                return None
-            # The outer part is merged with the axes before it; the inner part becomes other axes.
-            extents += (*before[first : i - 1], before[i - 1] // inner, *after[start + 1 : k])
-            runs += [i - first] + [1] * (k - start - 1)
-        else:
-            extents += after[start:k]
-            runs += [1] * (k - start)
-    return tuple(extents), tuple(runs)
+        found.append((slice(first, i), slice(start, k)))
+    return found
+
+
+def _of_group(
+    before: Sequence[int], after: Sequence[int], spatial: Sequence[int]
+) -> tuple[Sequence[int], Sequence[int]] | None:
+    """Extents and runs of one group, whose axes ``spatial`` are spatial; None if impossible."""
+    if not spatial or spatial == [0]:
+        return after, [1] * len(after)
+    if len(after) == 1:
+        return before, [len(before)]
+    parts = _parts(before, after, spatial)
+    if parts is not None:
+        return [extent for part in parts for extent in part], [len(part) for part in parts]
+    *outer, last = before
+    inner = math.prod(after[1:])
+    if spatial != [len(outer)] or last % inner:
+        return None
+    # The outer part is merged with the axes before it; the inner part becomes other axes.
+    return (*outer, last // inner, *after[1:]), [len(before)] + [1] * (len(after) - 1)
 
 
 def _parts(before: Sequence[int], after: Sequence[int], spatial: Sequence[int]) -> list[list[int]] | None:
