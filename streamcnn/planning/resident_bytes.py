@@ -9,7 +9,8 @@ the value. Views and the elements of a tuple take no memory of their own.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from torch.utils._pytree import tree_leaves
@@ -21,6 +22,14 @@ from streamcnn.plan.storage import MemoryTerm
 from streamcnn.planning.backends import Backend
 from streamcnn.planning.routines import num_sizes
 from streamcnn.planning.step_bytes import StepBytes
+
+_KINDS = (
+    "saved by the resident tail",
+    "parameter gradients",
+    "operands, results and their gradients",
+    "operator workspace",
+)
+"""The terms of what is held at one operator."""
 
 
 class ResidentBytes:
@@ -61,7 +70,7 @@ class ResidentBytes:
             for value in self._saved_by(name):
                 self._saved.setdefault(value, place)
         self._asked = {self._owners[name] for name in asked if name in self._places}
-        self._beside = self._array({name: self._saved_beside(name) for name in names})
+        self._beside = self._each(self._saved_beside)
         """By operator: bytes that autograd saves beside operands and result."""
 
     @property
@@ -73,42 +82,37 @@ class ResidentBytes:
 
     def step(self) -> StepBytes:
         """The peak: the operator, forward or backward, at which most memory is held."""
-        inner = self._array({name: self._inner(name) for name in self.names})
-        workspace = self._array({name: self._workspace(name) for name in self.names})
-        backward_workspace = self._array({name: self._workspace(name, backward=True) for name in self.names})
-        beside = self._beside.cumsum()
-        saved = self._living(self._saved.keys(), self._saved) + beside
-        values = self._living(self._last.keys() - self._saved.keys(), self._asked)
-        directions = [np.array((saved, np.zeros_like(saved), values + inner, workspace))]
-        if self.differentiated:
-            saved = self._array(self._saved_bytes()).cumsum() + beside
-            flow = self._living(self._last.keys() & self.differentiated, ())
-            flow += self._array({name: self._gradient_copies(name) for name in self.names}) + 2 * inner
-            given = self._array(self._state_bytes())[::-1].cumsum()[::-1]
-            directions.append(np.array((saved, given, flow, backward_workspace)))
+        directions = [self._forward(), *([self._backward()] if self.differentiated else [])]
         most = max(directions, key=lambda terms: terms.sum(axis=0).max(initial=0))
-        worst = int(most.sum(axis=0).argmax()) if self.names else None
-        held = (0, 0, 0, 0) if worst is None else most[:, worst].tolist()
-        kinds = (
-            "saved by the resident tail",
-            "parameter gradients",
-            "operands, results and their gradients",
-            "operator workspace",
-        )
+        name, held = "", [0] * len(_KINDS)
+        if self.names:
+            worst = int(most.sum(axis=0).argmax())
+            name, held = self.names[worst], most[:, worst].tolist()
+        num_kernels = num_sizes(self.program, self.names, Routine.CONVOLUTION)
+        if self.differentiated:
+            # Forward there is one kernel for each; backward, in a step of its own, there are two.
+            num_kernels *= 2
+        num_products = num_sizes(self.program, self.names, Routine.MATRIX_PRODUCT)
         sizes = (*map(self._size, self._saved), *self._beside.tolist())
         return StepBytes(
-            (
-                *map(MemoryTerm, kinds, held),
-                # One kernel for each convolution forward, and two in the backward pass, a step of its own.
-                *self.backend.step_terms(
-                    (2 if self.differentiated else 1)
-                    * num_sizes(self.program, self.names, Routine.CONVOLUTION),
-                    num_sizes(self.program, self.names, Routine.MATRIX_PRODUCT),
-                ),
-            ),
-            "" if worst is None else self.names[worst],
-            sum(nbytes for nbytes in sizes if nbytes < self.backend.reusable_bytes),
+            terms=(*map(MemoryTerm, _KINDS, held), *self.backend.step_terms(num_kernels, num_products)),
+            operator=name,
+            reusable=sum(nbytes for nbytes in sizes if nbytes < self.backend.reusable_bytes),
         )
+
+    def _forward(self) -> Ints:
+        """(kinds, operators): bytes held while each operator runs."""
+        saved = self._living(self._saved.keys(), self._saved) + self._beside.cumsum()
+        values = self._living(self._last.keys() - self._saved.keys(), self._asked) + self._each(self._inner)
+        return np.array((saved, np.zeros_like(saved), values, self._each(self._workspace)))
+
+    def _backward(self) -> Ints:
+        """(kinds, operators): bytes held while each operator is differentiated."""
+        saved = self._array(self._saved_bytes()).cumsum() + self._beside.cumsum()
+        given = self._array(self._state_bytes())[::-1].cumsum()[::-1]
+        flow = self._living(self._last.keys() & self.differentiated, ())
+        flow += self._each(self._gradient_copies) + 2 * self._each(self._inner)
+        return np.array((saved, given, flow, self._each(partial(self._workspace, backward=True))))
 
     # --- values --------------------------------------------------------------------------------------
 
@@ -139,7 +143,12 @@ class ResidentBytes:
             found[self.names[place]] = found.get(self.names[place], 0) + self._size(value)
         return found
 
+    def _each(self, nbytes: Callable[[str], int]) -> Ints:
+        """By operator: what a function returns for it."""
+        return np.array([nbytes(name) for name in self.names], np.int64)
+
     def _array(self, nbytes: Mapping[str, int]) -> Ints:
+        """By operator: its bytes, or 0 if it has none."""
         return np.array([nbytes.get(name, 0) for name in self.names], np.int64)
 
     # --- one operator --------------------------------------------------------------------------------
