@@ -58,7 +58,11 @@ def work(program: Program, node: Node) -> Work:
     cost, call = cost_of(node.target), Operation.of(program, node)
     operations = cost.operations or (windows if node.local.heavy else elements)
     return Work(
-        operations(call), read + node.nbytes, node.nbytes, _is_grouped(cost, call), math.prod(node.size)
+        flops=operations(call),
+        nbytes=read + node.nbytes,
+        made=node.nbytes,
+        grouped=_is_grouped(cost, call),
+        num_positions=math.prod(node.size),
     )
 
 
@@ -194,16 +198,12 @@ def tile_traffic(tiled: TiledStage, *, backward: bool) -> dict[str, MapTraffic]:
     """Traffic of a stage's tiles with each stored input; of maps that they store, only the transfers."""
     found, num_tiles = {}, tiled.num_tiles
     for name in tiled.stage.inputs:
-        node = tiled.program.nodes[name]
-        if node.kind is Kind.LOCAL:
-            regions = tiled.covered(name) * (node.nbytes // math.prod(node.size))
-            once = Traffic(regions, 0, num_tiles)
-            # The backward pass reads the map again, and adds to its gradient map.
-            found[name] = (
-                MapTraffic(once + once, Traffic(regions, regions, num_tiles))
-                if backward
-                else MapTraffic(once)
-            )
+        if tiled.program.nodes[name].kind is Kind.LOCAL:
+            nbytes = tiled.covered(name) * tiled.outline.position_bytes[name]
+            found[name] = MapTraffic(Traffic(nbytes, 0, num_tiles))
+            if backward:
+                # The backward pass reads the map again, and adds to its gradient map.
+                found[name] += MapTraffic(Traffic(nbytes, 0, num_tiles), Traffic(nbytes, nbytes, num_tiles))
     for name, times_read in _times_read(tiled.program, tiled.stage, backward=backward).items():
         found[name] = MapTraffic(
             Traffic(0, 0, (1 + times_read.values) * num_tiles), Traffic(0, 0, times_read.gradient * num_tiles)
