@@ -102,9 +102,9 @@ class CpuBackend(Backend):
         so_far = num_kernels.cumsum()
         differentiated = so_far[-1] - so_far + num_kernels if training else 0 * num_kernels
 
-        def kept(compiled: Ints) -> LevelBytes:
+        def of_kernels(compiled: Ints) -> LevelBytes:
             nbytes = self.kernel_bytes * np.minimum(compiled, CACHED_KERNELS)
             return LevelBytes.of(len(nbytes), (_KERNELS, nbytes))
 
-        backward = kept(so_far[-1] + 2 * differentiated)
-        return HeldBytes(kept(so_far), segments=backward, backward=backward)
+        backward = of_kernels(so_far[-1] + 2 * differentiated)
+        return HeldBytes(of_kernels(so_far), segments=backward, backward=backward)
