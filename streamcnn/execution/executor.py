@@ -37,7 +37,6 @@ from streamcnn.stores import Incoming, PlainTransfers, Store, Transfers
 _STEPS = 64
 """Steps of a phase that are cached: there are more kinds of tiles only where each tile is its own kind."""
 
-
 AGAIN = "phase again"
 """`PassEvent.part` of an event in which a phase rematerialises maps."""
 
@@ -241,6 +240,25 @@ class Execution:
             num_terms={name: len(terms[name]) for name in phase.reductions if name in terms},
         )
 
+    # --- stores -------------------------------------------------------------------------------------
+
+    @property
+    def results(self) -> dict[str, Store]:
+        """The stores of results that stay stored after the forward pass, until the execution is closed."""
+        return {name: self._maps.store(operand) for name, operand in self.program.results.items()}
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of memory that the stored maps take until the backward pass."""
+        return self._maps.held_bytes
+
+    def close(self) -> None:
+        """Free every store. Closing again does nothing."""
+        try:
+            self._transfers.drop()
+        finally:
+            self._maps.close()
+
     # --- shared --------------------------------------------------------------------------------------
 
     def _run_tiles(self, phase: Phase, direction: str, make_step: Callable[[TileKind], Step]) -> None:
@@ -271,23 +289,6 @@ class Execution:
                 self._transfers.advance()
                 self._hooks.after_step(phase.shape(direction, tile.row, tile.col))
         self._exchange.end_phase()
-
-    @property
-    def results(self) -> dict[str, Store]:
-        """The stores of results that stay stored after the forward pass, until the execution is closed."""
-        return {name: self._maps.store(operand) for name, operand in self.program.results.items()}
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of memory that the stored maps take until the backward pass."""
-        return self._maps.held_bytes
-
-    def close(self) -> None:
-        """Free every store. Closing again does nothing."""
-        try:
-            self._transfers.drop()
-        finally:
-            self._maps.close()
 
     @contextmanager
     def _timed(self, phase: Phase, direction: str) -> Iterator[None]:
