@@ -100,6 +100,28 @@ def _phases(plan: Plan) -> list[str]:
     ]
 
 
+def _phase_row(plan: Plan, phase: Phase) -> tuple[str, ...]:
+    num_rows, num_cols = len(phase.rows), len(phase.cols)
+    height, width = plan.image_shape[2:]
+    stored = (
+        f"{name} ({format_bytes(plan.stores[name].nbytes)} {_place(plan.stores[name])})"
+        for name in phase.stored
+    )
+    return (
+        str(phase.level),
+        f"{num_rows}x{num_cols}",
+        f"{-(-height // num_rows)}x{-(-width // num_cols)}",
+        f"{phase.halo[0]}x{phase.halo[1]}",
+        str(len(phase.reductions)),
+        ", ".join(stored) or "nothing",
+    )
+
+
+def _place(store: StorePlan) -> str:
+    dropped = "" if store.rematerialised is None else ", dropped"
+    return f"{_PLACES[store.tier]}{dropped}"
+
+
 def _runs(plan: Plan) -> list[str]:
     """Lines on the runs that move tiles while they compute others, and on rematerialised maps."""
     again = [phase for phases in plan.rematerialised.values() for phase in phases]
@@ -123,25 +145,3 @@ def _on_whole_maps(plan: Plan) -> list[str]:
     if plan.num_resident:
         lines.append(f"then {plural(plan.num_resident, 'operator')} on whole maps (the resident tail)")
     return [*lines, *(f"resident: {reason}" for reason in dict.fromkeys(plan.residents))]
-
-
-def _phase_row(plan: Plan, phase: Phase) -> tuple[str, ...]:
-    num_rows, num_cols = len(phase.rows), len(phase.cols)
-    height, width = plan.image_shape[2:]
-    stored = (
-        f"{name} ({format_bytes(plan.stores[name].nbytes)} {_place(plan.stores[name])})"
-        for name in phase.stored
-    )
-    return (
-        str(phase.level),
-        f"{num_rows}x{num_cols}",
-        f"{-(-height // num_rows)}x{-(-width // num_cols)}",
-        f"{phase.halo[0]}x{phase.halo[1]}",
-        str(len(phase.reductions)),
-        ", ".join(stored) or "nothing",
-    )
-
-
-def _place(store: StorePlan) -> str:
-    dropped = "" if store.rematerialised is None else ", dropped"
-    return f"{_PLACES[store.tier]}{dropped}"
