@@ -182,8 +182,10 @@ class GlobalGraph:
 
     def _run_otherwise(self, segment: Segment, current: _Record, barrier: Callable[[Node], Results]) -> bool:
         """Let the runner carry the segment out, if it can; return whether it did."""
-        call = None if self._runner is None else self._runner.call(segment)
-        if self._runner is None or call is None:
+        if self._runner is None:
+            return False
+        call = self._runner.call(segment)
+        if call is None:
             return False
         for name in call.leaves:
             self._read(name, current)
