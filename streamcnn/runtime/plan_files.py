@@ -40,7 +40,7 @@ _SUFFIX = ".plan"
 _NAMES = f"{'[0-9a-f]' * 64}{_SUFFIX}"
 """Pattern of the files' names, since the user may have other files in the same folder."""
 _MOST_FILES = 512
-"""The number of most recently used files that are kept: 30 to 130 kB each for a network of the usual size."""
+"""The number of most recently used files that are kept: 30 to 150 kB each for a network of the usual size."""
 _ABANDONED = 3600.0
 """Seconds after which a partial file counts as left by a killed writer: writing takes milliseconds."""
 _ROOMS = ("capture", "geometry", "graph", "plan", "planning")
