@@ -90,8 +90,8 @@ def _along(tracer: FoldingTracer, call: Call) -> Any:
     like = tracer.fake_seen(call)
     parts = like if isinstance(like, (tuple, list)) else (like,)
     values = values_of(call)
-    first = next(value for value in values if isinstance(value, Folded))
     folded = [value for value in values if isinstance(value, Folded)]
+    first = folded[0]
     most = len(first.runs) if rule_for(call.target) is shape.concatenate else 1
     if any(value.runs != first.runs or not is_merged_like(tracer, value, first) for value in folded) or any(
         tracer.axes(value) is not None or len(tracer.spec(value).shape) not in (0, 1, most)
@@ -104,16 +104,7 @@ def _along(tracer: FoldingTracer, call: Call) -> Any:
     ndim, added = len(first.runs), parts[0].dim() - len(first.runs)
     listed = [dim % max(ndim, parts[0].dim()) for dim in ([dims] if isinstance(dims, int) else dims or [])]
     if not listed or (added <= 0 and any(first.runs[dim] > 1 for dim in listed)):
-        same = parts[0].shape == first.seen(tracer.spec(first.ref).shape)
-        merged = [i for dim in listed for i in first.span(dim)]
-        if call.target in along_axes.EXPONENTIAL and not set(merged).isdisjoint(tracer.axes(first.ref) or ()):
-            result = along_axes.exponential(tracer, call.target, first.ref, merged, parts[0])
-            return as_seen(tracer, result, first.runs, parts[0].shape)
-        selects = call.target in along_axes.SELECTING or call.target is aten.topk.default
-        if selects and tuple(merged) == tracer.axes(first.ref):
-            return _select(tracer, call, first, listed[0], parts)
-        whole = same and rule_for(call.target) is shape.slice_axis
-        return first if whole else NotStreamable("it works along merged axes of space")
+        return _along_merged(tracer, call, first, listed, parts)
     starts = [(*first.starts, sum(first.runs))[dim] for dim in listed]
     extents = tracer.spec(first.ref).shape
 
@@ -132,6 +123,22 @@ def _along(tracer: FoldingTracer, call: Call) -> Any:
     if not isinstance(result, tuple):
         return as_seen(tracer, result, runs, parts[0].shape)
     return tuple(as_seen(tracer, each, runs, part.shape) for each, part in zip(result, parts, strict=True))
+
+
+def _along_merged(
+    tracer: FoldingTracer, call: Call, value: Folded, dims: Sequence[int], likes: Sequence[Tensor]
+) -> Any:
+    """Translate operators along axes that are merged: softmax, selection, a slice of all positions."""
+    merged = [axis for dim in dims for axis in value.span(dim)]
+    if call.target in along_axes.EXPONENTIAL and not set(merged).isdisjoint(tracer.axes(value.ref) or ()):
+        result = along_axes.exponential(tracer, call.target, value.ref, merged, likes[0])
+        return as_seen(tracer, result, value.runs, likes[0].shape)
+    selects = call.target in along_axes.SELECTING or call.target is aten.topk.default
+    if selects and tuple(merged) == tracer.axes(value.ref):
+        return _select(tracer, call, value, dims[0], likes)
+    same = likes[0].shape == value.seen(tracer.spec(value.ref).shape)
+    whole = same and rule_for(call.target) is shape.slice_axis
+    return value if whole else NotStreamable("it works along merged axes of space")
 
 
 def _select(tracer: FoldingTracer, call: Call, value: Folded, merged: int, likes: Sequence[Tensor]) -> Any:
