@@ -180,6 +180,26 @@ class Watch(TorchFunctionMode):
                 return found
         func = BLIND.get(func, func)
         args, kwargs = pytree.tree_map_only(Tensor, self.traced, (args, kwargs), is_leaf=is_size)
+        found = self._as_traced(func, args, kwargs)
+        if found is not NotImplemented:
+            return found
+        if func is Tensor.requires_grad_ or func == Tensor.requires_grad.__set__:  # type: ignore[attr-defined]
+            self._mark(*args, **kwargs)
+        refuse_function(func)
+        if args and isinstance(args[0], Tensor) and self._is_image(args[0]) and args[0].requires_grad:
+            refuse_of_image(func)
+        if get_proxy_mode() is not None:
+            # Else it is what runs whole, whose own results autograd looks at.
+            refuse_bound((args, kwargs))
+        result = self._known_shapes.call(func, args, kwargs)
+        if result is NotImplemented:
+            result = self._known_shapes.with_numbers(func, args, kwargs)
+        if isinstance(result, FakeTensor):
+            self.noted.made.append(weakref.ref(result))
+        return result
+
+    def _as_traced(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of a function that is carried out otherwise in a trace; NotImplemented for any other."""
         if func == Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0].detach()
         if func == Tensor._version.__get__:  # type: ignore[attr-defined]
@@ -196,20 +216,7 @@ class Watch(TorchFunctionMode):
             return drawn_between(*args)
         if func is Tensor.resize_ and not kwargs:
             return _resized(*args)
-        if func is Tensor.requires_grad_ or func == Tensor.requires_grad.__set__:  # type: ignore[attr-defined]
-            self._mark(*args, **kwargs)
-        refuse_function(func)
-        if args and isinstance(args[0], Tensor) and self._is_image(args[0]) and args[0].requires_grad:
-            refuse_of_image(func)
-        if get_proxy_mode() is not None:
-            # Else it is what runs whole, whose own results autograd looks at.
-            refuse_bound((args, kwargs))
-        result = self._known_shapes.call(func, args, kwargs)
-        if result is NotImplemented:
-            result = self._known_shapes.with_numbers(func, args, kwargs)
-        if isinstance(result, FakeTensor):
-            self.noted.made.append(weakref.ref(result))
-        return result
+        return NotImplemented
 
     def traced(self, tensor: Tensor) -> Tensor:
         """The stand-in for a tensor; for one from outside, it is made at first use.
