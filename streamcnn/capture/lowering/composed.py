@@ -1,5 +1,6 @@
-"""Calls that are lowered to several others: entries at an index that is a tensor, attention with dropout,
-convolutions and pooling of an image without a batch axis, ``take_along_dim``."""
+"""Calls that are lowered to several others: entries at an index that is a tensor, one value written where a
+mask says, attention with dropout, convolutions and pooling of an image without a batch axis,
+``take_along_dim``."""
 
 from __future__ import annotations
 
@@ -52,6 +53,31 @@ def is_place(place: Tensor, total: int, num_after: int) -> Tensor:
 
 
 declare(is_place, cost=Cost(saves=NOTHING, detaches=True))
+
+
+def _written_by_mask(caller: Caller, call: Call) -> Any:
+    """``x[mask] = value``, if the value is the same wherever the mask is true: a choice at each position."""
+    into, indices, values, accumulate = call.bind("self", "indices", "values", "accumulate")
+    *before, mask = indices
+    tracer = caller.recording
+    if accumulate or mask is None or any(index is not None for index in before):
+        return NotImplemented
+    is_of_maps = any(isinstance(each, Joined) or not is_global(tracer, each) for each in (into, mask))
+    if not is_of_maps or tracer.spec(first_ref(mask)).dtype != torch.bool:
+        return NotImplemented
+    ndim, num_masked = len(shape_seen(tracer, into)), len(shape_seen(tracer, mask))
+    num_after = ndim - len(before) - num_masked
+    given = shape_seen(tracer, values)
+    if len(given) > num_after:
+        # The axis of all places where the mask is true.
+        place = len(given) - num_after - 1
+        if given[place] != 1:
+            return NotImplemented
+        extents = [*given[:place], *(1,) * num_masked, *given[place + 1 :]]
+        values = caller.called(Call(aten.reshape.default, (values, extents), {}))
+    for _ in range(num_after):
+        mask = caller.called(Call(aten.unsqueeze.default, (mask, -1), {}))
+    return caller.called(Call(aten.where.self, (mask, values, into), {}))
 
 
 def _attention_with_dropout(caller: Caller, call: Call) -> Any:
@@ -139,6 +165,7 @@ COMPOSED: dict[Any, Handler] = {
     aten.take_along_dim.default: _taken_along,
     ENTRY: _entry,
     entry_overwritten: _entry_overwritten,
+    aten.index_put.default: _written_by_mask,
     aten.scaled_dot_product_attention.default: _attention_with_dropout,
 }
 """What carries out such calls, by their targets; ``NotImplemented`` for those that stay whole."""
