@@ -1,6 +1,6 @@
 """Calls that are lowered to several others: entries at an index that is a tensor, one value written where a
-mask says, attention with dropout, convolutions and pooling of an image without a batch axis,
-``take_along_dim``."""
+mask says, attention with dropout, products with a bias, convolutions and pooling of an image without a
+batch axis, ``take_along_dim``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from streamcnn.capture.lowering.folded_indices import known_places
-from streamcnn.capture.lowering.folding import is_global
+from streamcnn.capture.lowering.folding import Folded, is_global
 from streamcnn.capture.lowering.joined import Caller, Handler, Joined, as_type, first_ref, shape_seen
 from streamcnn.graph.costs import NOTHING, Cost, declare
 from streamcnn.graph.entries import ENTRY, entry_overwritten
@@ -120,6 +120,30 @@ def _softmax(called: Callable[..., Any], scores: Any, mask: Any, caller: Caller)
     return called(aten.masked_fill.Scalar, weights, is_hidden, 0)
 
 
+def _product_with_bias(caller: Caller, call: Call) -> Any:
+    """``baddbmm``, such as the scores of ``nn.MultiheadAttention`` with a mask: a product and a sum."""
+    bias, first, second, beta, alpha = call.bind("self", "batch1", "batch2", "beta", "alpha")
+    tracer = caller.recording
+    if not any(isinstance(each, Joined) or not is_global(tracer, each) for each in (bias, first, second)):
+        return NotImplemented
+    product = caller.called(Call(aten.bmm.default, (first, second), {}))
+    if alpha != 1:
+        product = caller.called(Call(aten.mul.Scalar, (product, alpha), {}))
+    if beta == 0:
+        return product
+    if beta != 1:
+        bias = caller.called(Call(aten.mul.Scalar, (bias, beta), {}))
+    if _is_mask_of_keys(bias, product):
+        bias = caller.whole(bias)
+    return caller.called(Call(aten.add.Tensor, (product, bias), {}))
+
+
+def _is_mask_of_keys(bias: Any, product: Any) -> bool:
+    """Whether the columns of ``bias`` are positions, of which every row of ``product``, a query, needs all."""
+    are_folded = isinstance(bias, Folded) and isinstance(product, Folded)
+    return are_folded and bias.runs[-1] > 1 and product.runs[-2] > 1
+
+
 def _of_one_image(caller: Caller, call: Call) -> Any:
     """A convolution or pooling of an image (C, H, W) without a batch axis, which is added and removed."""
     image = call.args[0]
@@ -165,6 +189,7 @@ COMPOSED: dict[Any, Handler] = {
     aten.take_along_dim.default: _taken_along,
     ENTRY: _entry,
     entry_overwritten: _entry_overwritten,
+    aten.baddbmm.default: _product_with_bias,
     aten.index_put.default: _written_by_mask,
     aten.scaled_dot_product_attention.default: _attention_with_dropout,
 }
