@@ -1,4 +1,4 @@
-"""Attention by products with a mask (``baddbmm``), as ``nn.MultiheadAttention`` has it where weights are needed."""
+"""Attention by products with a mask (``baddbmm``): ``nn.MultiheadAttention`` where weights are needed."""
 
 from __future__ import annotations
 

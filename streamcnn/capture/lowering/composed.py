@@ -1,6 +1,6 @@
 """Calls that are lowered to several others: entries at an index that is a tensor, one value written where a
-mask says, attention with dropout, products with a bias, convolutions and pooling of an image without a
-batch axis, ``take_along_dim``."""
+mask says, attention with dropout, products with a bias, pooling of whole maps, convolutions and
+pooling of an image without a batch axis, ``take_along_dim``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from streamcnn.capture.lowering.joined import Caller, Handler, Joined, as_type, 
 from streamcnn.graph.costs import NOTHING, Cost, declare
 from streamcnn.graph.entries import ENTRY, entry_overwritten
 from streamcnn.graph.ops.reduction_types import statistics_dtype
-from streamcnn.graph.ops.rules import Call
+from streamcnn.graph.ops.rules import Call, as_pair
 from streamcnn.graph.program import Ref
 
 aten = torch.ops.aten
@@ -139,9 +139,40 @@ def _product_with_bias(caller: Caller, call: Call) -> Any:
 
 
 def _is_mask_of_keys(bias: Any, product: Any) -> bool:
-    """Whether the columns of ``bias`` are positions, of which every row of ``product``, a query, needs all."""
+    """Whether the columns of ``bias`` are positions, all of which each row of ``product``, a query, needs."""
     are_folded = isinstance(bias, Folded) and isinstance(product, Folded)
     return are_folded and bias.runs[-1] > 1 and product.runs[-2] > 1
+
+
+def _averaged(caller: Caller, call: Call) -> Any:
+    """``avg_pool2d`` of windows that are as long as the map, a mean along one or both of its axes."""
+    image = call.args[0]
+    kernel, stride, padding, divisor = call.bind("kernel_size", "stride", "padding", "divisor_override")
+    axes = _whole_axes(caller, image, kernel, stride, padding)
+    if not axes or divisor is not None or not caller.recording.spec(image).dtype.is_floating_point:
+        return _of_one_image(caller, call)
+    return caller.called(Call(aten.mean.dim, (image, axes, True), {}))
+
+
+def _maximum(caller: Caller, call: Call) -> Any:
+    """``max_pool2d`` of one window that is the map."""
+    image = call.args[0]
+    kernel, stride, padding = call.bind("kernel_size", "stride", "padding")
+    if len(_whole_axes(caller, image, kernel, stride, padding)) < 2:
+        return _of_one_image(caller, call)
+    found = caller.called(Call(aten.adaptive_max_pool2d.default, (image, [1, 1]), {}))
+    return found if call.target is aten.max_pool2d_with_indices.default else found[0]
+
+
+def _whole_axes(caller: Caller, image: Any, kernel: Any, stride: Any, padding: Any) -> list[int]:
+    """The spatial axes of a map that a window covers, if it has one position along the others."""
+    if not isinstance(image, Ref) or is_global(caller.recording, image):
+        return []
+    sides = list(zip((-2, -1), *map(as_pair, (kernel, stride or kernel, padding)), strict=True))
+    shape = shape_seen(caller.recording, image)
+    whole = [axis for axis, size, _, pad in sides if size == shape[axis] > 1 and pad == 0]
+    rest = [(size, step, pad) for axis, size, step, pad in sides if axis not in whole]
+    return whole if all(side == (1, 1, 0) for side in rest) else []
 
 
 def _of_one_image(caller: Caller, call: Call) -> Any:
@@ -186,6 +217,9 @@ _OF_IMAGES = (
 
 COMPOSED: dict[Any, Handler] = {
     **dict.fromkeys(_OF_IMAGES, _of_one_image),
+    aten.avg_pool2d.default: _averaged,
+    aten.max_pool2d.default: _maximum,
+    aten.max_pool2d_with_indices.default: _maximum,
     aten.take_along_dim.default: _taken_along,
     ENTRY: _entry,
     entry_overwritten: _entry_overwritten,
