@@ -250,6 +250,48 @@ def test_parameters_and_buffers_that_change_operators_are_refused() -> None:
             StreamingModel(net)(make_image())
 
 
+def test_lazy_modules_say_that_a_plain_pass_makes_their_tensors() -> None:
+    net = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU()).double()
+    with pytest.raises(
+        UnsupportedModel, match=r"'0.weight' belongs to a lazy module .* call the plain module once"
+    ):
+        StreamingModel(net)(make_image())
+    net(make_image())
+    assert StreamingModel(net, tile=16)(make_image()).shape[1] == 4
+
+
+def test_a_model_on_the_meta_device_is_planned_as_on_the_cpu() -> None:
+    net, shape = make_net(), (1, 3, 500, 500)
+    expected = StreamingModel(net, budget="64MiB").plan(shape).explain()
+    assert StreamingModel(net.to("meta"), budget="64MiB").plan(shape).explain() == expected
+
+
+class ByName(nn.Conv2d):
+    """An image that is taken by name alone."""
+
+    def forward(self, *, pixels: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(pixels)
+
+
+class Forwarding(nn.Conv2d):
+    """A wrapper's signature, which says nothing of what is wrapped."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        return super().forward(*args, **kwargs)
+
+
+def test_an_image_that_cannot_be_found_by_its_name() -> None:
+    image = make_image()
+    with pytest.raises(
+        TypeError, match=r"ByName takes 'pixels' by name alone: .* forward\(self, pixels, \.\.\.\)"
+    ):
+        StreamingModel(ByName(3, 4, 3).double())(pixels=image)
+    model = StreamingModel(Forwarding(3, 4, 3).double())
+    with pytest.raises(TypeError, match=r"forward\(\) of Forwarding has no name for it; pass it first"):
+        model(input=image)
+    torch.testing.assert_close(model(image), model.net(input=image))
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "save"])
 def test_a_copy_has_its_own_parameters_and_works(how: str) -> None:
     model, plain = streamed_and_plain()

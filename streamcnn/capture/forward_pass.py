@@ -26,7 +26,12 @@ from streamcnn.capture.guarded.guarded_image import CannotBeGuarded
 from streamcnn.capture.guarded.guards import GuardedForward, Run
 from streamcnn.capture.refusals import refusal
 from streamcnn.capture.scripts import interpreted_scripts
-from streamcnn.capture.subclasses import refuse_own_functions, refuse_shards, without_left_bases
+from streamcnn.capture.subclasses import (
+    refuse_own_functions,
+    refuse_shards,
+    refuse_without_shape,
+    without_left_bases,
+)
 from streamcnn.capture.unguarded.capture_anew import Capture, capture_anew
 from streamcnn.errors import PlanDoesNotFit, StreamError, UnsupportedModel
 from streamcnn.graph.fakes import TRACING, bound_known_fakes
@@ -73,6 +78,7 @@ class ForwardPass:
             capturing.enter_context(traceable_batch_norms(net))
             capturing.enter_context(collectives_as_called())
             states = module_states(net)
+            refuse_without_shape(states)
             refuse_own_functions(states)
             refuse_shards(states)
             capturing.enter_context(without_left_bases(states.values()))

@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from streamcnn.errors import UnsupportedModel
@@ -57,6 +58,25 @@ def refuse_own_functions(states: Mapping[str, Tensor]) -> None:
                 f"and of subclasses without one; put {plain} in its place, and what the class does into the "
                 "forward pass"
             )
+
+
+def refuse_without_shape(states: Mapping[str, Tensor]) -> None:
+    """Refuse parameters and buffers of lazy modules that have not met an image; the error names the first.
+
+    Plain PyTorch makes them within its first call, out of sight of whatever captures that call.
+
+    Raises
+    ------
+    UnsupportedModel
+        If there are any.
+    """
+    lazy = next((name for name, state in states.items() if is_lazy(state)), None)
+    if lazy is not None:
+        raise UnsupportedModel(
+            f"'{lazy}' belongs to a lazy module and has no shape yet: allowed are modules whose tensors have "
+            "one; call the plain module once on a small image, as in net(torch.rand(1, 3, 64, 64)), and make "
+            "the optimiser after that"
+        )
 
 
 def refuse_shards(states: Mapping[str, Tensor]) -> None:

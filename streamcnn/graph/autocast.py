@@ -23,7 +23,12 @@ class Casts:
 
 def autocast_state(device: torch.device) -> torch.dtype | None:
     """The ambient autocast dtype for ``device``, or ``None`` if autocast is off."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    return torch.get_autocast_dtype(device.type) if _is_enabled(device) else None
+
+
+def _is_enabled(device: torch.device) -> bool:
+    # PyTorch raises for types without autocast, such as "meta".
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def autocast(

@@ -25,9 +25,20 @@ def image_by_name(net: nn.Module, kwargs: Mapping[str, Any]) -> tuple[Image, dic
     Raises
     ------
     TypeError
-        If no image was passed so.
+        If no image was passed so, or the parameter cannot be passed by position as well.
     """
-    name = next(iter(inspect.signature(net.forward).parameters), "")
+    first = next(iter(inspect.signature(net.forward).parameters.values()), None)
+    if first is None or first.kind in (first.VAR_POSITIONAL, first.VAR_KEYWORD, first.POSITIONAL_ONLY):
+        raise TypeError(
+            f"the image is missing: forward() of {type(net).__name__} has no name for it; pass it first, "
+            "as in model(image)"
+        )
+    name = first.name
+    if first.kind is first.KEYWORD_ONLY:
+        raise TypeError(
+            f"forward() of {type(net).__name__} takes '{name}' by name alone: allowed is an image that "
+            f"can be passed by position, too; write forward(self, {name}, ...), without * in front"
+        )
     if name not in kwargs:
         raise TypeError(f"the image is missing: pass it first, or by its name '{name}'")
     return kwargs[name], {key: value for key, value in kwargs.items() if key != name}

@@ -111,13 +111,15 @@ class Passes:
     ) -> Planned:
         """The captured program of a call, and its plan for ``machine``; ``None`` means this one."""
         given = call.given
+        # A model without values is planned as it will be on the host.
+        planned_on = torch.device("cpu") if device.type == "meta" else device
 
         def take(graph: RawGraph, states: Mapping[str, Tensor]) -> Planned:
             captured = Captured(graph, states, device, given.maps)
             spec = _spec(owner, captured, image)
             if machine is not None:
                 return self._plans.plan(captured, spec, machine)
-            here = this_machine(device, spec.computed_in)
+            here = this_machine(planned_on, spec.computed_in)
             return self._plan_here(captured, spec, here, owner.spare_files)[0]
 
         here = stand_in(image.shape, image.dtype, device, requires_grad=image.requires_grad)

@@ -184,7 +184,7 @@ class StreamingModel(ModuleFacade):
         Given the images themselves, as for the model itself, the plan also counts the bytes of reading them.
 
         A plan that does not fit the budget is returned all the same; see ``Plan.fits``. With gradients
-        disabled it is a plan for inference.
+        disabled it is a plan for inference. A model on the meta device is planned as on the CPU.
 
         Parameters
         ----------
