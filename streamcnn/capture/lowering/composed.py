@@ -1,6 +1,6 @@
-"""Calls that are lowered to several others: entries at an index that is a tensor, one value written where a
-mask says, attention with dropout, products with a bias, pooling of whole maps, convolutions and
-pooling of an image without a batch axis, ``take_along_dim``."""
+"""Calls that are lowered to others: entries at an index that is a tensor, one value written where a mask is
+true, attention with dropout, products with a bias, pooling of whole maps, convolutions and pooling without a
+batch axis, ``take_along_dim``."""
 
 from __future__ import annotations
 
