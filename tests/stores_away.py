@@ -18,7 +18,7 @@ def away(
     monkeypatch: pytest.MonkeyPatch,
     choose: Callable[[str], Tier],
     overlaps: Callable[[PassPart], bool] = lambda part: True,
-    trails: Callable[[PassPart], bool] = lambda part: True,
+    crosses: Callable[[PassPart], bool] = lambda part: True,
 ) -> None:
     """Have plans keep maps away from memory, and move tiles while others of this and the next phase run."""
     original = plan_cache.make_plan
@@ -34,7 +34,8 @@ def away(
         parts |= {("again", phase.level) for phase in again}
         chosen = {
             "overlapped": frozenset(filter(overlaps, parts)),
-            "trailing": frozenset(filter(trails, parts)),
+            "trailing": frozenset(filter(crosses, parts)),
+            "leading": frozenset(filter(crosses, parts)),
         }
         return program, dataclasses.replace(plan, stores=stores, **chosen), tail
 

@@ -109,9 +109,9 @@ def assert_exact(model: StreamingModel, plain: nn.Module, image: Tensor) -> None
 
 
 @pytest.mark.parametrize(
-    ("overlaps", "trails"),
+    ("overlaps", "crosses"),
     [(True, True), (True, False), (False, True), (False, False)],
-    ids=["overlapping, trailing", "overlapping", "trailing", "at once"],
+    ids=["overlapping, crossing", "overlapping", "crossing", "at once"],
 )
 @pytest.mark.parametrize("choose", [on_host, on_disk, mixed], ids=lambda choose: choose.__name__)
 @pytest.mark.parametrize("make_net", [Residual, Skips], ids=lambda net: net.__name__)
@@ -120,6 +120,7 @@ def assert_exact(model: StreamingModel, plain: nn.Module, image: Tensor) -> None
     [
         (SHAPE, (16, 53), torch.channels_last),
         (SHAPE, 20, torch.contiguous_format),
+        (SHAPE, 64, torch.contiguous_format),
         ((2, *SHAPE[1:]), 24, torch.channels_last),
     ],
     ids=str,
@@ -133,9 +134,9 @@ def test_exact_however_late_copies_are(
     tile: int | tuple[int, int],
     memory_format: torch.memory_format,
     overlaps: bool,
-    trails: bool,
+    crosses: bool,
 ) -> None:
-    away(monkeypatch, choose, lambda part: overlaps, lambda part: trails)
+    away(monkeypatch, choose, lambda part: overlaps, lambda part: crosses)
     model, plain = make_model(make_net, tile)
     for net in (model, plain):
         net.to(memory_format=memory_format)
@@ -187,7 +188,7 @@ def test_the_next_tile_is_under_way_while_one_is_computed(
 def test_a_phase_begins_while_the_last_tile_of_the_one_before_is_on_its_way(
     engines: list[LateCopies], monkeypatch: pytest.MonkeyPatch, trails: bool
 ) -> None:
-    away(monkeypatch, on_host, trails=lambda part: trails)
+    away(monkeypatch, on_host, crosses=lambda part: trails)
     model, _ = make_model(Residual, (16, 53))
     num_open: list[int] = []
     original = Exchange.gather
@@ -205,6 +206,32 @@ def test_a_phase_begins_while_the_last_tile_of_the_one_before_is_on_its_way(
     assert any(num_open) == trails
     if trails:
         assert all(num_open[1:4])
+
+
+@pytest.mark.parametrize("leads", [True, False])
+def test_the_first_tile_of_a_phase_is_asked_for_while_the_last_one_before_is_computed(
+    engines: list[LateCopies], monkeypatch: pytest.MonkeyPatch, leads: bool
+) -> None:
+    away(monkeypatch, on_host, crosses=lambda part: leads)
+    model, _ = make_model(Residual, (16, 53))
+    brought = {"before": 0, "in": 0}
+    original = Exchange.gather
+
+    def noted(self: Exchange, step: Any, tile: Any, *others: Any) -> list[Tensor]:
+        count = engines[-1].num_brought
+        if tile.row == 0:
+            brought["before"] += len(self._first)
+        found = original(self, step, tile, *others)
+        if tile.row == 0:
+            brought["in"] += engines[-1].num_brought - count
+            assert not self._first
+        return found
+
+    monkeypatch.setattr(Exchange, "gather", noted)
+    model(torch.randn(SHAPE, dtype=torch.float64)).sum().backward()
+    assert (brought["before"] > 0) == leads
+    # Maps that the phase before has written itself come when they are complete.
+    assert brought["in"] > 0
 
 
 def test_the_next_tile_is_asked_for_before_the_host_waits_for_what_has_gone(

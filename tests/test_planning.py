@@ -19,7 +19,7 @@ from streamcnn.plan.plan import PassPart
 from streamcnn.plan.storage import MemoryTerm, Tier
 from streamcnn.planning.backends.base import Fragmentation
 from streamcnn.planning.memory_model import PeakPoint
-from streamcnn.planning.overlapping import OnTheWay, Trailing, on_the_way, trailing
+from streamcnn.planning.overlapping import Crossing, OnTheWay, leading, on_the_way, trailing
 from streamcnn.planning.spec import OffloadTier
 from streamcnn.runtime import plan_cache
 from streamcnn.runtime.machines import CONTEXT_BYTES, cuda_card, this_machine
@@ -97,11 +97,12 @@ def test_tiles_are_moved_beside_others_where_there_is_memory_for_it() -> None:
     passes = len(plan.phases) + sum(phase.differentiated for phase in plan.phases) + again
     assert f"{counted} of {passes} runs of a phase move tiles while others are computed" in plan.explain()
     assert len(json.loads(plan.to_json())["overlapped"]) == counted
-    assert plan.trailing
-    assert len(json.loads(plan.to_json())["trailing"]) == len(plan.trailing)
+    for crossing in ("trailing", "leading"):
+        assert getattr(plan, crossing)
+        assert len(json.loads(plan.to_json())[crossing]) == len(getattr(plan, crossing))
+        assert not getattr(other, crossing)
     assert not other.overlapped
-    assert not other.trailing
-    assert not {"overlapped", "trailing"} & json.loads(other.to_json()).keys()
+    assert not {"overlapped", "trailing", "leading"} & json.loads(other.to_json()).keys()
 
 
 def test_a_map_that_a_card_has_room_for_stays_there() -> None:
@@ -140,7 +141,7 @@ def _point(part: PassPart, nbytes: int) -> PeakPoint:
     return PeakPoint("", part, "", (MemoryTerm("all", nbytes),), 0)
 
 
-def test_a_last_tile_trails_where_all_up_to_the_next_phase_has_room_for_it() -> None:
+def test_tiles_cross_the_end_of_a_phase_where_all_that_runs_meanwhile_has_room() -> None:
     card = cuda_card(make_net(), host_bytes=10**12, optimizer_copies=0)
     # It wastes nothing.
     backend = dataclasses.replace(card.backend, returning=Fragmentation())
@@ -150,7 +151,7 @@ def test_a_last_tile_trails_where_all_up_to_the_next_phase_has_room_for_it() -> 
     points = [_point(part, 100) for part in parts]
     sent: dict[PassPart, int] = {("forward", 1): 10, ("forward", 2): 7, ("again", 2): 5, ("backward", 2): 20}
 
-    def found(room: int | None, overlapped: Collection[PassPart] = ()) -> Trailing:
+    def found(room: int | None, overlapped: Collection[PassPart] = ()) -> Crossing:
         return trailing(points, sent, overlapped, backend, room)
 
     everywhere = found(None)
@@ -169,6 +170,11 @@ def test_a_last_tile_trails_where_all_up_to_the_next_phase_has_room_for_it() -> 
     beside = found(None, {("forward", 2), ("backward", 2)}).beside
     assert (beside["segment forward", 1], beside["forward", 2]) == (10, 3)
     assert ("backward", 2) not in beside
+    # What the next phase's first tile reads has room, but for what a tile of the phase itself reads.
+    ahead = leading(points, sent, {("again", 2)}, backend, None)
+    assert ahead.parts == {("forward", 1), ("again", 2)}
+    assert ahead.beside == {("forward", 1): 7, ("segment forward", 1): 7, ("again", 2): 15}
+    assert leading(points, sent, (), backend, 110).parts == {("forward", 1)}
 
 
 def test_a_gradient_map_stays_in_memory_where_that_is_faster() -> None:

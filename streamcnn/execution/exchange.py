@@ -52,6 +52,8 @@ class Exchange:
         self._combiner = combiner
         self._cast: dict[str, Tensor] = {}
         """Global values in another type, for the tiles of a phase."""
+        self._first: dict[tuple[str, Region], Incoming] = {}
+        """Inputs of the next phase's first tile."""
 
     def gather(self, step: Step, tile: Tile, ahead: Sequence[Incoming] = ()) -> list[Tensor]:
         """The step's inputs for a tile, in a list that the caller may change; their memory may be a store's.
@@ -66,11 +68,19 @@ class Exchange:
         """Prepare the step's inputs for a tile, to be read while the tile before it is computed."""
         return [self._incoming(each, tile, step) for each in step.inputs]
 
+    def prepare_first(self, phase: Phase, names: Iterable[str]) -> list[Incoming]:
+        """Prepare maps that a phase's first tile reads, while the last tile of the one before is computed."""
+        tile = Tile(phase, 0, 0)
+        parts = ((name, tile.needed(name)) for name in names)
+        self._first = {(name, part): self._maps.reserve(name, part) for name, part in parts}
+        return list(self._first.values())
+
     def _incoming(self, wanted: Input, tile: Tile, step: Step) -> Incoming:
         name = wanted.name
         match wanted.source:
             case Source.MAP:
-                return self._maps.reserve(name, tile.needed(name))
+                part = tile.needed(name)
+                return self._first.pop((name, part), None) or self._maps.reserve(name, part)
             case Source.GRADIENT:
                 return self._maps.reserve_gradient(name, tile.own(name))
             case Source.STORED:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from streamcnn.graph.autocast import autocast, autocast_state
 from streamcnn.graph.ops.late_checks import checked_at_the_end
 from streamcnn.graph.program import Kind, Node, Program
 from streamcnn.plan.plan import PassPart, Phase, Plan, StepShape, TileKind
+from streamcnn.plan.storage import Tier
 from streamcnn.stores import Incoming, PlainTransfers, Store, Transfers
 
 _STEPS = 64
@@ -145,6 +146,21 @@ class Execution:
         self._combiner = Combiner(program, self._maps, self.global_graph)
         self._exchange = Exchange(self._maps, self.global_graph, self._combiner)
         self._finished: dict[str, Results] = {}
+        self._following = {
+            (run, id(phase)): following
+            for runs in (self._runs_forward(), self._runs_backward())
+            for (run, phase), (_, following) in pairwise(runs)
+        }
+        """By direction and phase: the phase that is run next in the same pass."""
+
+    def _runs_forward(self) -> Iterator[tuple[str, Phase]]:
+        return (("forward", self._phases[level]) for level in self._levels if level in self._phases)
+
+    def _runs_backward(self) -> Iterator[tuple[str, Phase]]:
+        for level in reversed(self._levels):
+            yield from (("again", phase) for phase in self.plan.rematerialised.get(level, ()))
+            if level in self._phases and self._phases[level].differentiated:
+                yield "backward", self._phases[level]
 
     # --- forward -------------------------------------------------------------------------------------
 
@@ -274,6 +290,7 @@ class Execution:
             tiles = [Tile(phase, row, col) for row, col in self._combiner.tiles(phase)]
             part = direction, phase.level
             overlaps, trails = part in self.plan.overlapped, part in self.plan.trailing
+            next_phase = self._following.get((direction, id(phase))) if part in self.plan.leading else None
             ahead: list[Incoming] = []
             for tile, following in zip_longest(tiles, tiles[1:]):
                 step, compute = prepared(tile.kind)
@@ -281,14 +298,23 @@ class Execution:
                 ahead = []
                 if overlaps and following is not None:
                     ahead = self._exchange.prepare(prepared(following.kind)[0], following)
+                first: list[Incoming] = []
+                if following is None and next_phase is not None:
+                    first = self._exchange.prepare_first(next_phase, self._ready(next_phase, phase))
                 self._transfers.overlaps = trails if following is None else overlaps
                 self._exchange.scatter(step, tile, compute(inputs))
                 # The host's part of moving other tiles, while a GPU computes this one. The next one's inputs
                 # come first: they wait for no copy, and arrive while the host adds.
-                fetch(ahead)
+                fetch((*ahead, *first))
                 self._transfers.advance()
                 self._hooks.after_step(phase.shape(direction, tile.row, tile.col))
         self._exchange.end_phase()
+
+    def _ready(self, phase: Phase, last: Phase) -> list[str]:
+        """The inputs of a phase that are complete in other tiers while ``last`` runs, the phase before it."""
+        stores = self.plan.stores
+        away = (name for name in phase.inputs if name in stores and stores[name].tier is not Tier.MEMORY)
+        return [name for name in away if name not in last.stored]
 
     @contextmanager
     def _timed(self, phase: Phase, direction: str) -> Iterator[None]:

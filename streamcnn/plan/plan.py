@@ -135,6 +135,8 @@ class Plan:
     """Parts of the pass that move tiles to and from other tiers while they compute others."""
     trailing: frozenset[PassPart] = frozenset()
     """Parts whose last tile may still be on its way to other tiers while the next phase begins."""
+    leading: frozenset[PassPart] = frozenset()
+    """Parts during whose last tile the inputs of the next phase's first tile come from other tiers."""
     image_held_bytes: int = 0
     """Bytes of the budget that images take as long as the pass needs them, such as a decoded PNG."""
     image_read_bytes: int = 0
@@ -220,8 +222,11 @@ class Plan:
             "image_read_bytes": self.image_read_bytes,
             "num_resident": self.num_resident,
             "residents": list(self.residents),
-            **({"overlapped": sorted(map(_in_words, self.overlapped))} if self.overlapped else {}),
-            **({"trailing": sorted(map(_in_words, self.trailing))} if self.trailing else {}),
+            **{
+                name: sorted(map(_in_words, parts))
+                for name in ("overlapped", "trailing", "leading")
+                if (parts := getattr(self, name))
+            },
             "stores": {name: asdict(store) for name, store in self.stores.items()},
             "phases": [_phase_as_json(phase) for phase in self.phases],
             "rematerialised": {

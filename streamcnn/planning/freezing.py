@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 from streamcnn.graph.program import Program, on_whole_maps
 from streamcnn.plan.plan import PassPart, Phase, Plan, Segment
@@ -16,7 +18,14 @@ from streamcnn.planning.candidates import TilingCandidates
 from streamcnn.planning.cost_model import StageTime, plain_time, resident_time
 from streamcnn.planning.global_bytes import RUN_TIME
 from streamcnn.planning.memory_model import PeakPoint, peak_points
-from streamcnn.planning.overlapping import moved_beside, overlapped, sent_by_a_tile, trailing
+from streamcnn.planning.overlapping import (
+    brought_for_a_tile,
+    leading,
+    moved_beside,
+    overlapped,
+    sent_by_a_tile,
+    trailing,
+)
 from streamcnn.planning.search import Solution
 from streamcnn.planning.spec import Machine, PassSpec
 from streamcnn.planning.staging import Staging, is_differentiated
@@ -37,7 +46,7 @@ def frozen_plan(
     """
     solution, program = best.solution, best.search.program
     staging, stores = solution.staging, _with_tiles(solution)
-    points, parts, last_ones = _peak_points(best, stores, spec, machine)
+    points, moves = _peak_points(best, stores, spec, machine)
     worst = max(points, key=lambda point: point.nbytes)
     at_once, resident = _times_on_whole_maps(untailed, training=bool(spec.leaves))
     flops = sum(tiling.time.flops for tiling in solution.tilings) + resident.flops
@@ -64,8 +73,9 @@ def frozen_plan(
         plain_seconds=at_once.seconds,
         recomputation=flops / at_once.flops if at_once.flops else 1.0,
         num_resident=_num_last(program, staging),
-        overlapped=parts,
-        trailing=last_ones,
+        overlapped=moves.overlapped,
+        trailing=moves.trailing,
+        leading=moves.leading,
         image_held_bytes=spec.reading.held,
         image_read_bytes=_image_read_bytes(program, spec, solution),
         # Nothing streams in the tail, so only the program without a tail has the reasons.
@@ -131,28 +141,41 @@ def _num_last(program: Program, staging: Staging) -> int:
 # --- projections -------------------------------------------------------------------------------------
 
 
+class _Moves(NamedTuple):
+    """The parts of a pass that move tiles beside what they compute, as in :class:`Plan`."""
+
+    overlapped: frozenset[PassPart]
+    trailing: frozenset[PassPart]
+    leading: frozenset[PassPart]
+
+
 def _peak_points(
     best: Attempt, stores: dict[str, StorePlan], spec: PassSpec, machine: Machine
-) -> tuple[list[PeakPoint], frozenset[PassPart], frozenset[PassPart]]:
-    """All peak points, the parts of the pass that move tiles while they compute others, and those whose last
-    tile may be on its way while the next phase begins."""
+) -> tuple[list[PeakPoint], _Moves]:
+    """All peak points, with the tiles that are moved."""
     solution = best.solution
-    tiled, again = solution.tiled, solution.rematerialised
-    points_with = partial(
-        peak_points,
-        tiled,
-        best.search.global_bytes(solution.staging),
-        StoredBytes(stores, solution.staging.levels),
-        rematerialised=again,
-        reuses_blocks=solution.reuses_blocks,
-    )
-    moved = moved_beside(tiled, again, stores)
+    moved = solution.tiled, solution.rematerialised, stores
     backend, room = machine.backend, spec.room(machine.reserved)
-    parts = overlapped(points_with(), moved, backend, room)
-    moving = {part: moved[part] for part in parts}
-    last = trailing(points_with(moving=moving), sent_by_a_tile(tiled, again, stores), parts, backend, room)
-    moving.update((part, moving.get(part, 0) + nbytes) for part, nbytes in last.beside.items())
-    return points_with(moving=moving), parts, last.parts
+    beside = Counter[PassPart]()
+
+    def points() -> list[PeakPoint]:
+        return peak_points(
+            solution.tiled,
+            best.search.global_bytes(solution.staging),
+            StoredBytes(stores, solution.staging.levels),
+            rematerialised=solution.rematerialised,
+            moving=beside,
+            reuses_blocks=solution.reuses_blocks,
+        )
+
+    within = moved_beside(*moved)
+    parts = overlapped(points(), within, backend, room)
+    beside.update({part: within[part] for part in parts})
+    last = trailing(points(), sent_by_a_tile(*moved), parts, backend, room)
+    beside.update(last.beside)
+    first = leading(points(), brought_for_a_tile(*moved), parts, backend, room)
+    beside.update(first.beside)
+    return points(), _Moves(parts, last.parts, first.parts)
 
 
 def _times_on_whole_maps(untailed: TilingCandidates, *, training: bool) -> tuple[StageTime, StageTime]:

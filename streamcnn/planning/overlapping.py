@@ -1,8 +1,7 @@
 """Bytes of tiles that are moved while others are computed: the next tile's inputs, the last one's results.
 
-The last tile's results are moved while the next phase computes its first one. Bytes are counted for a stage's
-largest tile, by map. A map is *away* if it lives outside the device's memory;
-the caller knows which maps are.
+The next tile of a phase's last one is the first of the next phase. Bytes are counted for a stage's largest
+tile, by map. A map is *away* if it lives outside the device's memory; the caller knows which maps are.
 """
 
 from __future__ import annotations
@@ -16,6 +15,9 @@ from streamcnn.plan.storage import StorePlan, Tier
 from streamcnn.planning.backends import Backend
 from streamcnn.planning.memory_model import PeakPoint
 from streamcnn.planning.tiling import TiledStage
+
+_PHASES = ("forward", "backward", "again")
+"""What runs of phases are called in :data:`PassPart`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +87,12 @@ def _forward(moved: Mapping[str, OnTheWay], away: Collection[str]) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Trailing:
-    """Phases whose last tile may still be on its way to other tiers while the next phase begins."""
+class Crossing:
+    """Phases at whose end tiles are moved beside what is computed."""
 
     parts: frozenset[PassPart]
     beside: Mapping[PassPart, int]
-    """By later part, segments among them: bytes of such tiles beside those that `moved_beside` counts."""
+    """By part, segments among them: bytes of such tiles beside those that `moved_beside` counts."""
 
 
 def trailing(
@@ -99,8 +101,8 @@ def trailing(
     overlapped: Collection[PassPart],
     backend: Backend,
     room: int | None,
-) -> Trailing:
-    """The phases whose last tile leaves room for what comes next, up to the next phase's first tile.
+) -> Crossing:
+    """The phases whose last tile may leave while what comes next runs, up to the next phase's first tile.
 
     Parameters
     ----------
@@ -109,24 +111,59 @@ def trailing(
     sent
         As from :func:`sent_by_a_tile`.
     """
+    found: list[tuple[PassPart, list[tuple[PeakPoint, int]]]] = []
+    for point, between, following in _ends(points):
+        if (nbytes := sent.get(point.part, 0)) and backend.overlaps:
+            beside = [(each, nbytes) for each in between]
+            if following is not None:
+                # A part that overlaps has room for what a tile of its own sends: none does before the first.
+                own = sent.get(following.part, 0) if following.part in overlapped else 0
+                beside.append((following, nbytes - own))
+            found.append((point.part, beside))
+    return _with_room(found, backend, room)
 
-    def beside(part: PassPart, later: PassPart) -> int:
-        # A part that overlaps has room for what its own tiles send, which is free during the first one.
-        return max(0, sent[part] - (sent.get(later, 0) if later in overlapped else 0))
 
-    followed = [each for each in _followed(points) if each[0] in sent] if backend.overlaps else []
+def leading(
+    points: Sequence[PeakPoint],
+    brought: Mapping[PassPart, int],
+    overlapped: Collection[PassPart],
+    backend: Backend,
+    room: int | None,
+) -> Crossing:
+    """The phases during whose last tile the inputs of the next phase's first tile may come.
+
+    Parameters
+    ----------
+    points
+        As for `trailing`, with the tiles that trail.
+    brought
+        As from :func:`brought_for_a_tile`.
+    """
+    found: list[tuple[PassPart, list[tuple[PeakPoint, int]]]] = []
+    for point, between, following in _ends(points):
+        if following is not None and (nbytes := brought.get(following.part, 0)) and backend.overlaps:
+            # A part that overlaps has room for the inputs of a tile of its own: none comes after the last.
+            own = brought.get(point.part, 0) if point.part in overlapped else 0
+            found.append((point.part, [(point, nbytes - own), *((each, nbytes) for each in between)]))
+    return _with_room(found, backend, room)
+
+
+def _with_room(
+    found: Sequence[tuple[PassPart, Sequence[tuple[PeakPoint, int]]]], backend: Backend, room: int | None
+) -> Crossing:
+    """Those phases for which each given point has room for the bytes given with it."""
     crowded = {
         part
-        for part, later in followed
-        for point in later
-        if room is not None and point.nbytes + _taken(beside(part, point.part), backend) > room
+        for part, beside in found
+        for point, nbytes in beside
+        if room is not None and nbytes > 0 and point.nbytes + _taken(nbytes, backend) > room
     }
-    parts = frozenset(part for part, _ in followed) - crowded
-    found: dict[PassPart, int] = {}
-    for part, later in followed:
-        for each in (point.part for point in later if part in parts):
-            found[each] = max(found.get(each, 0), beside(part, each))
-    return Trailing(parts, {part: nbytes for part, nbytes in found.items() if nbytes})
+    most: dict[PassPart, int] = {}
+    for part, beside in found:
+        for point, nbytes in beside:
+            if part not in crowded and nbytes > 0:
+                most[point.part] = max(most.get(point.part, 0), nbytes)
+    return Crossing(frozenset(part for part, _ in found) - crowded, most)
 
 
 def sent_by_a_tile(
@@ -155,14 +192,38 @@ def _written(stage: TiledStage, away: Collection[str]) -> int:
     return sum(stage.largest_nbytes(name) for name in stage.stage.stored if name in away)
 
 
-def _followed(points: Sequence[PeakPoint]) -> Iterator[tuple[PassPart, list[PeakPoint]]]:
-    """Each phase, with the points up to that of the next phase in the same direction."""
+def brought_for_a_tile(
+    tiled: Iterable[TiledStage],
+    rematerialised: Iterable[tuple[int, TiledStage]],
+    stores: Mapping[str, StorePlan],
+) -> dict[PassPart, int]:
+    """By part of a pass: bytes of the maps that its largest tile reads from other tiers.
+
+    The parameters are those of `moved_beside`.
+    """
+    away = {name for name, store in stores.items() if store.tier is not Tier.MEMORY}
+    found: dict[PassPart, int] = {}
+    for stage in tiled:
+        read = _read(stage, away)
+        found |= {("forward", stage.stage.level): read, ("backward", stage.stage.level): read}
+    for _, stage in rematerialised:
+        part = "again", stage.stage.level
+        found[part] = max(found.get(part, 0), _read(stage, away))
+    return {part: nbytes for part, nbytes in found.items() if nbytes}
+
+
+def _read(stage: TiledStage, away: Collection[str]) -> int:
+    return sum(stage.largest_nbytes(name) for name in stage.stage.inputs if name in away)
+
+
+def _ends(points: Sequence[PeakPoint]) -> Iterator[tuple[PeakPoint, list[PeakPoint], PeakPoint | None]]:
+    """Each phase, the segments after it, and the next phase in the same direction, if there is one."""
     # Between the passes all tiles arrive.
     for _, each in groupby(points, lambda point: point.part[0] in ("forward", "segment forward")):
         run = list(each)
-        phases = [place for place, point in enumerate(run) if not point.part[0].startswith("segment")]
-        for place, following in zip_longest(phases, phases[1:], fillvalue=len(run)):
-            yield run[place].part, run[place + 1 : following + 1]
+        phases = [place for place, point in enumerate(run) if point.part[0] in _PHASES]
+        for place, following in zip_longest(phases, phases[1:]):
+            yield run[place], run[place + 1 : following], None if following is None else run[following]
 
 
 def _taken(nbytes: int, backend: Backend) -> int:
