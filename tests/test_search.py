@@ -25,7 +25,7 @@ from streamcnn.planning.candidates import TilingCandidates
 from streamcnn.planning.cost_model import MapTraffic, Tiers
 from streamcnn.planning.global_bytes import GlobalBytes
 from streamcnn.planning.memory_model import PeakPoint, peak_points
-from streamcnn.planning.overlapping import moved_beside, overlapped
+from streamcnn.planning.overlapping import MovedTiles, overlapped
 from streamcnn.planning.search import Search, Solution
 from streamcnn.planning.spec import OffloadTier
 from streamcnn.planning.staging import Staging, divide, drop, gathered, is_differentiated, recompute
@@ -183,7 +183,7 @@ def projections(search: Search, staging: Staging) -> Iterator[tuple[int, float]]
                     global_bytes,
                     stored,
                     rematerialised=again_tiled,
-                    moving=moved_beside(first, again_tiled, stores) if overlaps else {},
+                    moving=MovedTiles(first, again_tiled, stores).beside if overlaps else {},
                     reuses_blocks=reuses_blocks,
                 )
                 nbytes = max(point.nbytes for point in points)
@@ -232,7 +232,7 @@ def test_the_search_weighs_what_the_terms_of_the_worst_point_add_up_to(
             reuses_blocks=found.reuses_blocks,
         )
 
-    moved = moved_beside(found.tiled, found.rematerialised, found.stores) if found.overlaps else {}
+    moved = MovedTiles(found.tiled, found.rematerialised, found.stores).beside if found.overlaps else {}
     points = points_with(moved)
     if found.fits:
         assert overlapped(points_with({}), moved, backend, budget) == moved.keys()

@@ -177,6 +177,7 @@ class Execution:
                         self._maps.settle_images()
                     self._hooks.after_step(("segment", "forward", level, 0, 0))
                 self._maps.free_read(level)
+            # Between the passes the stores may be collected with the pass: no copy may use them then.
             self._transfers.drain()
         except BaseException:
             self.close()

@@ -18,14 +18,7 @@ from streamcnn.planning.candidates import TilingCandidates
 from streamcnn.planning.cost_model import StageTime, plain_time, resident_time
 from streamcnn.planning.global_bytes import RUN_TIME
 from streamcnn.planning.memory_model import PeakPoint, peak_points
-from streamcnn.planning.overlapping import (
-    brought_for_a_tile,
-    leading,
-    moved_beside,
-    overlapped,
-    sent_by_a_tile,
-    trailing,
-)
+from streamcnn.planning.overlapping import MovedTiles, leading, overlapped, trailing
 from streamcnn.planning.search import Solution
 from streamcnn.planning.spec import Machine, PassSpec
 from streamcnn.planning.staging import Staging, is_differentiated
@@ -154,7 +147,7 @@ def _peak_points(
 ) -> tuple[list[PeakPoint], _Moves]:
     """All peak points, with the tiles that are moved."""
     solution = best.solution
-    moved = solution.tiled, solution.rematerialised, stores
+    moved = MovedTiles(solution.tiled, solution.rematerialised, stores)
     backend, room = machine.backend, spec.room(machine.reserved)
     beside = Counter[PassPart]()
 
@@ -168,12 +161,12 @@ def _peak_points(
             reuses_blocks=solution.reuses_blocks,
         )
 
-    within = moved_beside(*moved)
+    within = moved.beside
     parts = overlapped(points(), within, backend, room)
     beside.update({part: within[part] for part in parts})
-    last = trailing(points(), sent_by_a_tile(*moved), parts, backend, room)
+    last = trailing(points(), moved.sent, parts, backend, room)
     beside.update(last.beside)
-    first = leading(points(), brought_for_a_tile(*moved), parts, backend, room)
+    first = leading(points(), moved.brought, parts, backend, room)
     beside.update(first.beside)
     return points(), _Moves(parts, last.parts, first.parts)
 

@@ -6,7 +6,7 @@ tile, by map. A map is *away* if it lives outside the device's memory; the calle
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, zip_longest
 
@@ -54,36 +54,80 @@ def _gradient(tiled: TiledStage, name: str) -> int:
     return readers * tiled.largest_nbytes(name)
 
 
-def moved_beside(
-    tiled: Iterable[TiledStage],
-    rematerialised: Iterable[tuple[int, TiledStage]],
-    stores: Mapping[str, StorePlan],
-) -> dict[PassPart, int]:
-    """By part of a pass: bytes that are on the way while a tile is computed.
+class MovedTiles:
+    """Bytes of tiles that a pass moves to and from other tiers, by part of the pass.
 
     Parameters
     ----------
     tiled, rematerialised
         Stages of the pass, as for `peak_points`.
+    stores
+        The plan of each stored map.
     """
-    away = {name for name, store in stores.items() if store.tier is not Tier.MEMORY}
-    gradients = {name for name, store in stores.items() if store.gradient_tier is not Tier.MEMORY}
-    found: dict[PassPart, int] = {}
-    for stage in tiled:
-        moved = on_the_way(stage)
-        found["forward", stage.stage.level] = _forward(moved, away)
-        found["backward", stage.stage.level] = sum(
-            (name in away) * each.backward + (name in gradients) * each.gradient
-            for name, each in moved.items()
-        )
-    for _, stage in rematerialised:
-        part = "again", stage.stage.level
-        found[part] = max(found.get(part, 0), _forward(on_the_way(stage), away))
-    return {part: nbytes for part, nbytes in found.items() if nbytes}
 
+    def __init__(
+        self,
+        tiled: Sequence[TiledStage],
+        rematerialised: Sequence[tuple[int, TiledStage]],
+        stores: Mapping[str, StorePlan],
+    ) -> None:
+        self._tiled = tiled
+        self._rematerialised = rematerialised
+        self._away = {name for name, store in stores.items() if store.tier is not Tier.MEMORY}
+        self._gradients_away = {
+            name for name, store in stores.items() if store.gradient_tier is not Tier.MEMORY
+        }
 
-def _forward(moved: Mapping[str, OnTheWay], away: Collection[str]) -> int:
-    return sum(each.forward for name, each in moved.items() if name in away)
+    @property
+    def beside(self) -> dict[PassPart, int]:
+        """What is on the way while a tile is computed, in phases of several tiles."""
+
+        def forward(stage: TiledStage) -> int:
+            return sum(each.forward for name, each in on_the_way(stage).items() if name in self._away)
+
+        def backward(stage: TiledStage) -> int:
+            return sum(
+                (name in self._away) * each.backward + (name in self._gradients_away) * each.gradient
+                for name, each in on_the_way(stage).items()
+            )
+
+        return self._by_part(forward, backward)
+
+    @property
+    def sent(self) -> dict[PassPart, int]:
+        """What the largest tile sends: values of maps that it stores, gradients of maps that it reads."""
+
+        def forward(stage: TiledStage) -> int:
+            return sum(map(stage.largest_nbytes, self._away.intersection(stage.stage.stored)))
+
+        def backward(stage: TiledStage) -> int:
+            return sum(
+                _gradient(stage, name) for name in self._gradients_away.intersection(stage.stage.inputs)
+            )
+
+        return self._by_part(forward, backward)
+
+    @property
+    def brought(self) -> dict[PassPart, int]:
+        """What the largest tile has to be brought of the maps that it reads."""
+
+        def read(stage: TiledStage) -> int:
+            return sum(map(stage.largest_nbytes, self._away.intersection(stage.stage.inputs)))
+
+        return self._by_part(read, read)
+
+    def _by_part(
+        self, forward: Callable[[TiledStage], int], backward: Callable[[TiledStage], int]
+    ) -> dict[PassPart, int]:
+        """The parts of which a function is not 0, given one for each direction."""
+        found: dict[PassPart, int] = {}
+        for stage in self._tiled:
+            level = stage.stage.level
+            found |= {("forward", level): forward(stage), ("backward", level): backward(stage)}
+        for _, stage in self._rematerialised:
+            part = "again", stage.stage.level
+            found[part] = max(found.get(part, 0), forward(stage))
+        return {part: nbytes for part, nbytes in found.items() if nbytes}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +136,7 @@ class Crossing:
 
     parts: frozenset[PassPart]
     beside: Mapping[PassPart, int]
-    """By part, segments among them: bytes of such tiles beside those that `moved_beside` counts."""
+    """By part, segments among them: bytes of such tiles beside those that `MovedTiles.beside` counts."""
 
 
 def trailing(
@@ -109,7 +153,7 @@ def trailing(
     points
         The peak points of the pass, in order, with the tiles that are on the way during ``overlapped`` parts.
     sent
-        As from :func:`sent_by_a_tile`.
+        As from :attr:`MovedTiles.sent`.
     """
     found: list[tuple[PassPart, list[tuple[PeakPoint, int]]]] = []
     for point, between, following in _ends(points):
@@ -137,7 +181,7 @@ def leading(
     points
         As for `trailing`, with the tiles that trail.
     brought
-        As from :func:`brought_for_a_tile`.
+        As from :attr:`MovedTiles.brought`.
     """
     found: list[tuple[PassPart, list[tuple[PeakPoint, int]]]] = []
     for point, between, following in _ends(points):
@@ -164,56 +208,6 @@ def _with_room(
             if part not in crowded and nbytes > 0:
                 most[point.part] = max(most.get(point.part, 0), nbytes)
     return Crossing(frozenset(part for part, _ in found) - crowded, most)
-
-
-def sent_by_a_tile(
-    tiled: Iterable[TiledStage],
-    rematerialised: Iterable[tuple[int, TiledStage]],
-    stores: Mapping[str, StorePlan],
-) -> dict[PassPart, int]:
-    """By part of a pass: bytes that its largest tile sends to other tiers.
-
-    The parameters are those of `moved_beside`.
-    """
-    away = {name for name, store in stores.items() if store.tier is not Tier.MEMORY}
-    gradients = {name for name, store in stores.items() if store.gradient_tier is not Tier.MEMORY}
-    found: dict[PassPart, int] = {}
-    for stage in tiled:
-        level, inputs = stage.stage.level, stage.stage.inputs
-        found["forward", level] = _written(stage, away)
-        found["backward", level] = sum(_gradient(stage, name) for name in inputs if name in gradients)
-    for _, stage in rematerialised:
-        part = "again", stage.stage.level
-        found[part] = max(found.get(part, 0), _written(stage, away))
-    return {part: nbytes for part, nbytes in found.items() if nbytes}
-
-
-def _written(stage: TiledStage, away: Collection[str]) -> int:
-    return sum(stage.largest_nbytes(name) for name in stage.stage.stored if name in away)
-
-
-def brought_for_a_tile(
-    tiled: Iterable[TiledStage],
-    rematerialised: Iterable[tuple[int, TiledStage]],
-    stores: Mapping[str, StorePlan],
-) -> dict[PassPart, int]:
-    """By part of a pass: bytes of the maps that its largest tile reads from other tiers.
-
-    The parameters are those of `moved_beside`.
-    """
-    away = {name for name, store in stores.items() if store.tier is not Tier.MEMORY}
-    found: dict[PassPart, int] = {}
-    for stage in tiled:
-        read = _read(stage, away)
-        found |= {("forward", stage.stage.level): read, ("backward", stage.stage.level): read}
-    for _, stage in rematerialised:
-        part = "again", stage.stage.level
-        found[part] = max(found.get(part, 0), _read(stage, away))
-    return {part: nbytes for part, nbytes in found.items() if nbytes}
-
-
-def _read(stage: TiledStage, away: Collection[str]) -> int:
-    return sum(stage.largest_nbytes(name) for name in stage.stage.inputs if name in away)
 
 
 def _ends(points: Sequence[PeakPoint]) -> Iterator[tuple[PeakPoint, list[PeakPoint], PeakPoint | None]]:
