@@ -63,6 +63,7 @@ REMEDIES = {
     "it takes a diagonal of positions": _ON_SMALL_MAPS,
     "it takes rows or columns": "take a slice with a step, or apply it to pooled features",
     "which entries it takes depends on the position": _ON_SMALL_MAPS,
+    "the gradient of its table is sparse": "leave out sparse=True and scale_grad_by_freq=True",
     "it converts to another dtype while reducing": "convert first, and reduce without dtype=",
     "norms with dtype= or of order": "convert first, and take a norm of order 1 or more",
     "it returns several tensors per position": _ON_SMALL_MAPS,

@@ -1,6 +1,6 @@
-"""Calls that are lowered to others: entries at an index that is a tensor, one value written where a mask is
-true, attention with dropout, products with a bias, pooling of whole maps, convolutions and pooling without a
-batch axis, ``take_along_dim``."""
+"""Calls that are lowered to others: entries at an index that is a tensor, entries of a table, one value
+written where a mask is true, attention with dropout, products with a bias, pooling of whole maps, images
+without a batch axis, ``take_along_dim``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from streamcnn.capture.lowering.folding import Folded, is_global
 from streamcnn.capture.lowering.joined import Caller, Handler, Joined, as_type, first_ref, shape_seen
 from streamcnn.graph.costs import NOTHING, Cost, declare
 from streamcnn.graph.entries import ENTRY, entry_overwritten
+from streamcnn.graph.ops.lookup import looked_up
 from streamcnn.graph.ops.reduction_types import statistics_dtype
 from streamcnn.graph.ops.rules import Call, as_pair
 from streamcnn.graph.program import Ref
@@ -53,6 +54,19 @@ def is_place(place: Tensor, total: int, num_after: int) -> Tensor:
 
 
 declare(is_place, cost=Cost(saves=NOTHING, detaches=True))
+
+
+def _looked_up(caller: Caller, call: Call) -> Any:
+    """``table[index]``, if the index is a map and the table is none."""
+    table, indices = call.bind("self", "indices")
+    tracer = caller.recording
+    if len(indices) != 1 or any(isinstance(each, Joined) for each in (table, indices[0])):
+        return NotImplemented
+    if not is_global(tracer, table) or is_global(tracer, indices[0]):
+        return NotImplemented
+    if tracer.spec(first_ref(indices[0])).dtype not in (torch.int64, torch.int32):
+        return NotImplemented
+    return caller.called(Call(looked_up, (table, indices[0]), {}))
 
 
 def _written_by_mask(caller: Caller, call: Call) -> Any:
@@ -224,6 +238,7 @@ COMPOSED: dict[Any, Handler] = {
     ENTRY: _entry,
     entry_overwritten: _entry_overwritten,
     aten.baddbmm.default: _product_with_bias,
+    aten.index.Tensor: _looked_up,
     aten.index_put.default: _written_by_mask,
     aten.scaled_dot_product_attention.default: _attention_with_dropout,
 }

@@ -25,6 +25,7 @@ from streamcnn.graph.ops import (
     along_axes,
     dropout,
     fourier,
+    lookup,
     losses,
     normalization,
     padding,
@@ -38,6 +39,15 @@ from streamcnn.graph.program import Ref
 from streamcnn.graph.schemas import takes
 
 aten = torch.ops.aten
+
+
+def along_new_axes(tracer: FoldingTracer, call: Call) -> Any:
+    """Translate an operator of one map that puts what it finds at a position along new last axes."""
+    like = tracer.fake_seen(call)
+    (value,) = (value for value in values_of(call) if isinstance(value, Folded))
+    args, kwargs = _mapped(lambda each: each.ref if each is value else each, call)
+    runs = (*value.runs, *(1,) * (like.dim() - len(value.runs)))
+    return as_seen(tracer, tracer.stream(Call(call.target, args, kwargs)), runs, like.shape)
 
 
 def alike_folded(tracer: FoldingTracer, call: Call) -> Any:
@@ -229,6 +239,7 @@ TRANSLATIONS.update(
     {
         pointwise.pointwise: alike_folded,
         **dict.fromkeys((dropout.dropout, pointwise.from_shape, pointwise.from_metadata), _everywhere),
+        lookup.look_up: along_new_axes,
         shape.index_channels: _by_index(_indexed),
         **dict.fromkeys((pointwise.linear, normalization.layer_norm, pointwise.trailing_norm), _trailing),
         **dict.fromkeys(

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from streamcnn.capture.lowering.folded_axes import alike_folded
-from streamcnn.capture.lowering.folding import TRANSLATIONS, Folded, FoldingTracer, as_folded, as_seen
+from streamcnn.capture.lowering.folded_axes import alike_folded, along_new_axes
+from streamcnn.capture.lowering.folding import TRANSLATIONS, FoldingTracer, as_folded, as_seen
 from streamcnn.graph.ops import losses
 from streamcnn.graph.ops.losses import Over
 from streamcnn.graph.ops.rules import Call, NotStreamable
@@ -67,13 +67,6 @@ def _of_classes(tracer: FoldingTracer, call: Call) -> Any:
     return as_seen(tracer, result, target.runs, tracer.fake_seen(call).shape)
 
 
-def _one_hot(tracer: FoldingTracer, call: Call) -> Any:
-    """Translate ``one_hot``, which puts classes along a new last axis."""
-    value: Folded = call.args[0]
-    result = tracer.stream(Call(call.target, (value.ref, *call.args[1:]), call.kwargs))
-    return as_seen(tracer, result, (*value.runs, 1), tracer.fake_seen(call).shape)
-
-
 def _broadcast(tracer: FoldingTracer, call: Call) -> Any:
     """Translate ``broadcast_tensors`` of values of one shape, which stay as they are."""
     (values,) = call.args
@@ -86,7 +79,7 @@ TRANSLATIONS.update(
     {
         losses.loss_of_values: _of_values,
         losses.loss_of_classes: _of_classes,
-        losses.one_hot: _one_hot,
+        losses.one_hot: along_new_axes,
         losses.broadcast: _broadcast,
     }
 )
