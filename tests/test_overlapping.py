@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from streamcnn import StreamingModel
 from streamcnn.execution.exchange import Exchange
+from streamcnn.execution.executor import Execution
 from streamcnn.plan.storage import Tier
 from streamcnn.runtime import pass_stores
 from streamcnn.stores import GpuTransfers
@@ -232,6 +233,24 @@ def test_the_first_tile_of_a_phase_is_asked_for_while_the_last_one_before_is_com
     assert (brought["before"] > 0) == leads
     # Maps that the phase before has written itself come when they are complete.
     assert brought["in"] > 0
+
+
+def test_what_segments_send_does_not_stay_on_its_way(
+    engines: list[LateCopies], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away(monkeypatch, on_host)
+    model, _ = make_model(Residual, (16, 53))
+    overlaps: list[bool] = []
+    original = Execution._backward_segment
+
+    def noted(self: Execution, level: int) -> None:
+        overlaps.append(self._transfers.overlaps)
+        original(self, level)
+
+    monkeypatch.setattr(Execution, "_backward_segment", noted)
+    model(torch.randn(SHAPE, dtype=torch.float64)).sum().backward()
+    assert len(overlaps) > 1
+    assert not any(overlaps)
 
 
 def test_the_next_tile_is_asked_for_before_the_host_waits_for_what_has_gone(

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import pairwise, zip_longest
 
 import torch
@@ -146,12 +146,15 @@ class Execution:
         self._combiner = Combiner(program, self._maps, self.global_graph)
         self._exchange = Exchange(self._maps, self.global_graph, self._combiner)
         self._finished: dict[str, Results] = {}
-        self._following = {
+
+    @cached_property
+    def _following(self) -> dict[tuple[str, int], Phase]:
+        """By direction and phase: the phase that is run next in the same pass."""
+        return {
             (run, id(phase)): following
             for runs in (self._runs_forward(), self._runs_backward())
             for (run, phase), (_, following) in pairwise(runs)
         }
-        """By direction and phase: the phase that is run next in the same pass."""
 
     def _runs_forward(self) -> Iterator[tuple[str, Phase]]:
         return (("forward", self._phases[level]) for level in self._levels if level in self._phases)
@@ -309,6 +312,8 @@ class Execution:
                 fetch((*ahead, *first))
                 self._transfers.advance()
                 self._hooks.after_step(phase.shape(direction, tile.row, tile.col))
+        # What segments send is not planned to stay: it may be a whole map.
+        self._transfers.overlaps = False
         self._exchange.end_phase()
 
     def _ready(self, phase: Phase, last: Phase) -> list[str]:
