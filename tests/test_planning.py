@@ -19,7 +19,7 @@ from streamcnn.plan.plan import PassPart
 from streamcnn.plan.storage import MemoryTerm, Tier
 from streamcnn.planning.backends.base import Fragmentation
 from streamcnn.planning.memory_model import PeakPoint
-from streamcnn.planning.overlapping import Crossing, OnTheWay, leading, on_the_way, trailing
+from streamcnn.planning.overlapping import Crossing, OnTheWay, PhaseEnds, on_the_way
 from streamcnn.planning.spec import OffloadTier
 from streamcnn.runtime import plan_cache
 from streamcnn.runtime.machines import CONTEXT_BYTES, cuda_card, this_machine
@@ -152,7 +152,7 @@ def test_tiles_cross_the_end_of_a_phase_where_all_that_runs_meanwhile_has_room()
     sent: dict[PassPart, int] = {("forward", 1): 10, ("forward", 2): 7, ("again", 2): 5, ("backward", 2): 20}
 
     def found(room: int | None, overlapped: Collection[PassPart] = ()) -> Crossing:
-        return trailing(points, sent, overlapped, backend, room)
+        return PhaseEnds(overlapped, backend, room).trailing(points, sent)
 
     everywhere = found(None)
     assert everywhere.parts == sent.keys()
@@ -171,10 +171,10 @@ def test_tiles_cross_the_end_of_a_phase_where_all_that_runs_meanwhile_has_room()
     assert (beside["segment forward", 1], beside["forward", 2]) == (10, 3)
     assert ("backward", 2) not in beside
     # What the next phase's first tile reads has room, but for what a tile of the phase itself reads.
-    ahead = leading(points, sent, {("again", 2)}, backend, None)
+    ahead = PhaseEnds({("again", 2)}, backend, None).leading(points, sent)
     assert ahead.parts == {("forward", 1), ("again", 2)}
     assert ahead.beside == {("forward", 1): 7, ("segment forward", 1): 7, ("again", 2): 15}
-    assert leading(points, sent, (), backend, 110).parts == {("forward", 1)}
+    assert PhaseEnds((), backend, 110).leading(points, sent).parts == {("forward", 1)}
 
 
 def test_a_gradient_map_stays_in_memory_where_that_is_faster() -> None:

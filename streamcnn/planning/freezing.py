@@ -18,7 +18,7 @@ from streamcnn.planning.candidates import TilingCandidates
 from streamcnn.planning.cost_model import StageTime, plain_time, resident_time
 from streamcnn.planning.global_bytes import RUN_TIME
 from streamcnn.planning.memory_model import PeakPoint, peak_points
-from streamcnn.planning.overlapping import MovedTiles, leading, overlapped, trailing
+from streamcnn.planning.overlapping import MovedTiles, PhaseEnds, overlapped
 from streamcnn.planning.search import Solution
 from streamcnn.planning.spec import Machine, PassSpec
 from streamcnn.planning.staging import Staging, is_differentiated
@@ -164,9 +164,10 @@ def _peak_points(
     within = moved.beside
     parts = overlapped(points(), within, backend, room)
     beside.update({part: within[part] for part in parts})
-    last = trailing(points(), moved.sent, parts, backend, room)
+    ends = PhaseEnds(parts, backend, room)
+    last = ends.trailing(points(), moved.sent)
     beside.update(last.beside)
-    first = leading(points(), moved.brought, parts, backend, room)
+    first = ends.leading(points(), moved.brought)
     beside.update(first.beside)
     return points(), _Moves(parts, last.parts, first.parts)
 

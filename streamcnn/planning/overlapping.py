@@ -139,75 +139,78 @@ class Crossing:
     """By part, segments among them: bytes of such tiles beside those that `MovedTiles.beside` counts."""
 
 
-def trailing(
-    points: Sequence[PeakPoint],
-    sent: Mapping[PassPart, int],
-    overlapped: Collection[PassPart],
-    backend: Backend,
-    room: int | None,
-) -> Crossing:
-    """The phases whose last tile may leave while what comes next runs, up to the next phase's first tile.
+_Beside = list[tuple[PeakPoint, int]]
+"""Points of a pass, each with bytes of tiles that are moved while it lasts."""
 
-    Parameters
-    ----------
-    points
-        The peak points of the pass, in order, with the tiles that are on the way during ``overlapped`` parts.
-    sent
-        As from :attr:`MovedTiles.sent`.
+
+@dataclass(frozen=True, slots=True)
+class PhaseEnds:
+    """Finds the phases at whose end there is room for tiles that are moved.
+
+    All methods take the peak points of the pass, in order, with the tiles that are known to be on the way.
     """
-    found: list[tuple[PassPart, list[tuple[PeakPoint, int]]]] = []
-    for point, between, following in _ends(points):
-        if (nbytes := sent.get(point.part, 0)) and backend.overlaps:
-            beside = [(each, nbytes) for each in between]
-            if following is not None:
-                # A part that overlaps has room for what a tile of its own sends: none does before the first.
-                own = sent.get(following.part, 0) if following.part in overlapped else 0
-                beside.append((following, nbytes - own))
-            found.append((point.part, beside))
-    return _with_room(found, backend, room)
 
+    overlapped: Collection[PassPart]
+    """Parts that move tiles while they compute others."""
+    backend: Backend
+    room: int | None
+    """Bytes that any point may take; None if there is no ceiling."""
 
-def leading(
-    points: Sequence[PeakPoint],
-    brought: Mapping[PassPart, int],
-    overlapped: Collection[PassPart],
-    backend: Backend,
-    room: int | None,
-) -> Crossing:
-    """The phases during whose last tile the inputs of the next phase's first tile may come.
+    def trailing(self, points: Sequence[PeakPoint], sent: Mapping[PassPart, int]) -> Crossing:
+        """The phases whose last tile may leave while what comes next runs, up to the next phase's first tile.
 
-    Parameters
-    ----------
-    points
-        As for `trailing`, with the tiles that trail.
-    brought
-        As from :attr:`MovedTiles.brought`.
-    """
-    found: list[tuple[PassPart, list[tuple[PeakPoint, int]]]] = []
-    for point, between, following in _ends(points):
-        if following is not None and (nbytes := brought.get(following.part, 0)) and backend.overlaps:
-            # A part that overlaps has room for the inputs of a tile of its own: none comes after the last.
-            own = brought.get(point.part, 0) if point.part in overlapped else 0
-            found.append((point.part, [(point, nbytes - own), *((each, nbytes) for each in between)]))
-    return _with_room(found, backend, room)
+        Parameters
+        ----------
+        sent
+            As from :attr:`MovedTiles.sent`.
+        """
+        found: list[tuple[PassPart, _Beside]] = []
+        for point, between, following in _ends(points):
+            if nbytes := sent.get(point.part, 0):
+                beside = [(each, nbytes) for each in between]
+                if following is not None:
+                    # What its own tiles send has room already, and none does before the first.
+                    beside.append((following, nbytes - self._own(sent, following)))
+                found.append((point.part, beside))
+        return self._with_room(found)
 
+    def leading(self, points: Sequence[PeakPoint], brought: Mapping[PassPart, int]) -> Crossing:
+        """The phases during whose last tile the inputs of the next phase's first tile may come.
 
-def _with_room(
-    found: Sequence[tuple[PassPart, Sequence[tuple[PeakPoint, int]]]], backend: Backend, room: int | None
-) -> Crossing:
-    """Those phases for which each given point has room for the bytes given with it."""
-    crowded = {
-        part
-        for part, beside in found
-        for point, nbytes in beside
-        if room is not None and nbytes > 0 and point.nbytes + _taken(nbytes, backend) > room
-    }
-    most: dict[PassPart, int] = {}
-    for part, beside in found:
-        for point, nbytes in beside:
-            if part not in crowded and nbytes > 0:
-                most[point.part] = max(most.get(point.part, 0), nbytes)
-    return Crossing(frozenset(part for part, _ in found) - crowded, most)
+        Parameters
+        ----------
+        brought
+            As from :attr:`MovedTiles.brought`.
+        """
+        found: list[tuple[PassPart, _Beside]] = []
+        for point, between, following in _ends(points):
+            if following is not None and (nbytes := brought.get(following.part, 0)):
+                # The inputs of a tile of its own have room already, and none comes after the last.
+                own = (point, nbytes - self._own(brought, point))
+                found.append((point.part, [own, *((each, nbytes) for each in between)]))
+        return self._with_room(found)
+
+    def _own(self, moved: Mapping[PassPart, int], point: PeakPoint) -> int:
+        return moved.get(point.part, 0) if point.part in self.overlapped else 0
+
+    def _with_room(self, found: Sequence[tuple[PassPart, _Beside]]) -> Crossing:
+        """Those phases for which each given point has room for the bytes given with it."""
+        if not self.backend.overlaps:
+            return Crossing(frozenset(), {})
+        crowded = {
+            part
+            for part, beside in found
+            for point, nbytes in beside
+            if self.room is not None
+            and nbytes > 0
+            and point.nbytes + _taken(nbytes, self.backend) > self.room
+        }
+        most: dict[PassPart, int] = {}
+        for part, beside in found:
+            for point, nbytes in beside:
+                if part not in crowded and nbytes > 0:
+                    most[point.part] = max(most.get(point.part, 0), nbytes)
+        return Crossing(frozenset(part for part, _ in found) - crowded, most)
 
 
 def _ends(points: Sequence[PeakPoint]) -> Iterator[tuple[PeakPoint, list[PeakPoint], PeakPoint | None]]:
