@@ -76,8 +76,7 @@ def _written_by_mask(caller: Caller, call: Call) -> Any:
     tracer = caller.recording
     if accumulate or mask is None or any(index is not None for index in before):
         return NotImplemented
-    is_of_maps = any(isinstance(each, Joined) or not is_global(tracer, each) for each in (into, mask))
-    if not is_of_maps or tracer.spec(first_ref(mask)).dtype != torch.bool:
+    if not _have_map(caller, into, mask) or tracer.spec(first_ref(mask)).dtype != torch.bool:
         return NotImplemented
     ndim, num_masked = len(shape_seen(tracer, into)), len(shape_seen(tracer, mask))
     num_after = ndim - len(before) - num_masked
@@ -92,6 +91,11 @@ def _written_by_mask(caller: Caller, call: Call) -> Any:
     for _ in range(num_after):
         mask = caller.called(Call(aten.unsqueeze.default, (mask, -1), {}))
     return caller.called(Call(aten.where.self, (mask, values, into), {}))
+
+
+def _have_map(caller: Caller, *values: Any) -> bool:
+    """Whether one of some values is a map's."""
+    return any(isinstance(each, Joined) or not is_global(caller.recording, each) for each in values)
 
 
 def _attention_with_dropout(caller: Caller, call: Call) -> Any:
@@ -137,8 +141,7 @@ def _softmax(called: Callable[..., Any], scores: Any, mask: Any, caller: Caller)
 def _product_with_bias(caller: Caller, call: Call) -> Any:
     """``baddbmm``, such as the scores of ``nn.MultiheadAttention`` with a mask: a product and a sum."""
     bias, first, second, beta, alpha = call.bind("self", "batch1", "batch2", "beta", "alpha")
-    tracer = caller.recording
-    if not any(isinstance(each, Joined) or not is_global(tracer, each) for each in (bias, first, second)):
+    if not _have_map(caller, bias, first, second):
         return NotImplemented
     product = caller.called(Call(aten.bmm.default, (first, second), {}))
     if alpha != 1:
@@ -221,12 +224,9 @@ def _taken_along(caller: Caller, call: Call) -> Any:
 _OF_IMAGES = (
     aten.adaptive_avg_pool2d.default,
     aten.adaptive_max_pool2d.default,
-    aten.avg_pool2d.default,
     aten.conv2d.default,
     aten.conv2d.padding,
     aten.conv_transpose2d.input,
-    aten.max_pool2d.default,
-    aten.max_pool2d_with_indices.default,
 )
 
 COMPOSED: dict[Any, Handler] = {
